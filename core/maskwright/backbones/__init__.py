@@ -1,0 +1,179 @@
+"""Kinds of backbone, as small protocols, and `adapt`, which finds an adapter for a library's model.
+
+A user's own module that has the methods *is* a backbone: structural typing, no base class, no registration.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from maskwright.errors import BackboneMismatch
+from maskwright.mask import AttentionMask
+
+
+@runtime_checkable
+class PatchBackbone(Protocol):
+    """An encoder of image patches: ViT, DeiT, BEiT.
+
+    Methods and attributes, with their shapes:
+
+    - `patches(pixels [B, C, H, W]) -> [B, N, D]`: patch embeddings, without positions
+    - `positions -> [1, N, D]`: position embeddings of the patches
+    - `prefix(batch_size) -> [B, P, D]`: class and register tokens with their positions (P may be 0)
+    - `encode(tokens [B, P+K, D], levels=()) -> [B, P+K, D]`: the blocks and the final norm, on any number of tokens;
+      with `levels` a list with the output of those blocks (0-based; -1 is the last block after the final norm)
+    - `grid`: (rows, columns) of patches, N = rows × columns; `patch_size`: pixels a side; `width`: D; `channels`: C
+    """
+
+    grid: tuple[int, int]
+    patch_size: int
+    width: int
+    channels: int
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    def patches(self, pixels: Tensor) -> Tensor: ...
+
+    def prefix(self, batch_size: int) -> Tensor: ...
+
+    def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any: ...
+
+
+@runtime_checkable
+class ConvBackbone(Protocol):
+    """A convolutional encoder, stage by stage: ResNet, ConvNeXt.
+
+    - `stem(pixels [B, C, H, W]) -> [B, C0, H/s0, W/s0]`
+    - `stages`: a list of modules, each [B, Ci, h, w] -> [B, Cj, h', w']
+    - `strides`: total stride after the stem and after each stage; `widths`: channels at the same places; `channels`: C
+    """
+
+    stages: Any
+    strides: tuple[int, ...]
+    widths: tuple[int, ...]
+    channels: int
+
+    def stem(self, pixels: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class TokenBackbone(Protocol):
+    """A language model, causal or bidirectional.
+
+    - `embed(ids int64 [B, L]) -> [B, L, D]`
+    - `logits(ids or embeddings, attention: AttentionMask | None, positions int64 [B, L] | None) -> [B, L, V]`:
+      raw outputs, at the places where the model makes them; `attention=None` is the model's own rule
+    - `shift`: 1 when logits[:, i] predicts token i + 1 (causal models), 0 when it predicts token i
+    - `vocabulary`: V; `width`: D; `mask_token`: the id that stands for a hidden token, or None
+    """
+
+    shift: int
+    vocabulary: int
+    width: int
+    mask_token: int | None
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+    def logits(
+        self, tokens: Tensor, attention: AttentionMask | None = None, positions: Tensor | None = None
+    ) -> Tensor: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A denoising network: `denoiser(x [B, ...], t [B], condition=None)` has the shape of `x`."""
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor: ...
+
+
+KINDS: dict[str, type] = {
+    "patch": PatchBackbone,
+    "conv": ConvBackbone,
+    "token": TokenBackbone,
+    "denoiser": Denoiser,
+}
+"""The kinds of backbone by the word that an objective's `backbone` attribute uses."""
+
+_SHAPES: dict[Any, dict[str, str]] = {
+    PatchBackbone: {
+        "patches": "patches(pixels [B, C, H, W]) -> [B, N, D]",
+        "positions": "positions: [1, N, D]",
+        "prefix": "prefix(batch_size) -> [B, P, D]",
+        "encode": "encode(tokens [B, P+K, D], levels=()) -> [B, P+K, D]",
+        "grid": "grid: (rows, columns)",
+        "patch_size": "patch_size: pixels a side",
+        "width": "width: D",
+        "channels": "channels: C",
+    },
+    ConvBackbone: {
+        "stem": "stem(pixels [B, C, H, W]) -> [B, C0, h, w]",
+        "stages": "stages: modules, one after the other",
+        "strides": "strides: total stride after the stem and each stage",
+        "widths": "widths: channels after the stem and each stage",
+        "channels": "channels: C",
+    },
+    TokenBackbone: {
+        "embed": "embed(ids [B, L]) -> [B, L, D]",
+        "logits": "logits(ids or embeddings, attention=None, positions=None) -> [B, L, V]",
+        "shift": "shift: 1 for causal models, 0 otherwise",
+        "vocabulary": "vocabulary: V",
+        "width": "width: D",
+        "mask_token": "mask_token: an id or None",
+    },
+}
+
+_ADAPTERS: dict[type, list[Callable[[nn.Module], nn.Module | None]]] = {}
+
+
+def adapt(module: nn.Module, kind: type | str) -> Any:
+    """The module as a backbone of a kind: itself when it has the methods, or an adapter around a library's model.
+
+    `kind` is a protocol of this module or its word ("patch", "conv", "token"). Raises `BackboneMismatch`, naming each
+    method that is missing with its shapes, and the library models that have adapters.
+    """
+    protocol = KINDS[kind] if isinstance(kind, str) else kind
+    shapes = _SHAPES.get(protocol, {})
+    missing = [text for name, text in shapes.items() if not _has(module, name)]
+    if not missing:
+        return module
+    importlib.import_module("maskwright.backbones.transformers")
+    for adapter in _ADAPTERS.get(protocol, []):
+        if (adapted := adapter(module)) is not None:
+            return adapted
+    raise BackboneMismatch(
+        f"{type(module).__name__} is no {protocol.__name__}: it lacks {'; '.join(missing)}. Add them to your module (no base "
+        f"class is needed), or pass a model of transformers that has an adapter ({supported(protocol)})."
+    )
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return hasattr(module, name)
+
+
+def adapter(protocol: type, *models: str) -> Callable[[Callable[[nn.Module], nn.Module | None]], Any]:
+    """Register a function that wraps a library's model as a backbone of a kind, or returns None for other modules.
+
+    `models` names what it takes, for error messages.
+    """
+
+    def register(
+        function: Callable[[nn.Module], nn.Module | None],
+    ) -> Callable[[nn.Module], nn.Module | None]:
+        _ADAPTERS.setdefault(protocol, []).append(function)
+        _MODELS.setdefault(protocol, []).extend(models)
+        return function
+
+    return register
+
+
+_MODELS: dict[type, list[str]] = {}
+
+
+def supported(protocol: type) -> str:
+    """The library models that have an adapter for a kind, as a text."""
+    return ", ".join(_MODELS.get(protocol, [])) or "none yet"

@@ -1,0 +1,1 @@
+"""The loops: pretrain, prune, sample and verify, on accelerate, with their report pages."""

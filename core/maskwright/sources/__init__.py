@@ -1,0 +1,1 @@
+"""Data: embedded defaults and the user's own files."""

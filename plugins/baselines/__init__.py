@@ -1,0 +1,18 @@
+"""Baselines that the papers are measured against: what most people would try first."""
+
+from __future__ import annotations
+
+from maskwright import hookimpl
+
+
+@hookimpl
+def maskwright_components():
+    from maskwright.plugins.baselines import autoregressive, language, masks, objective, pruner
+
+    return (
+        *masks.COMPONENTS,
+        *objective.COMPONENTS,
+        *language.COMPONENTS,
+        *pruner.COMPONENTS,
+        *autoregressive.COMPONENTS,
+    )

@@ -1,0 +1,3 @@
+"""Greedy and nucleus sampling."""
+
+COMPONENTS = ()

@@ -1,0 +1,3 @@
+"""Next-token prediction."""
+
+COMPONENTS = ()

@@ -1,0 +1,3 @@
+"""Mask strategies: random, BEiT blocks, tubes."""
+
+COMPONENTS = ()

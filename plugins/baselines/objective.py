@@ -1,0 +1,3 @@
+"""Masked autoencoding of pixels."""
+
+COMPONENTS = ()

@@ -1,0 +1,3 @@
+"""Magnitude, random, Wanda and SparseGPT."""
+
+COMPONENTS = ()
