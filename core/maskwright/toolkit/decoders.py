@@ -1,0 +1,44 @@
+"""The light transformer that masked autoencoders reconstruct with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from maskwright.mask import Mask
+from maskwright.toolkit.images import sincos_positions
+
+
+def transformer(width: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> nn.Module:
+    """Pre-norm GELU blocks without dropout, and a final norm: [B, T, width] → [B, T, width]."""
+    block = nn.TransformerEncoderLayer(
+        width,
+        heads,
+        int(width * mlp_ratio),
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+    return nn.TransformerEncoder(block, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+
+
+class DecoderInput(nn.Module):
+    """What an MAE decoder sees: encoded prefix and visible tokens, mask tokens elsewhere, fixed positions on all.
+
+    `forward(encoded [B, P+K, D], mask, prefix=P)` → [B, P+N, width] in raster order.
+    """
+
+    def __init__(self, encoder_width: int, width: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.register_buffer("positions", sincos_positions(width, grid), persistent=False)
+
+    positions: Tensor
+
+    def forward(self, encoded: Tensor, mask: Mask, prefix: int) -> Tensor:
+        tokens = self.embed(encoded)
+        full = mask.scatter_visible(tokens[:, prefix:], self.mask_token) + self.positions
+        return torch.cat([tokens[:, :prefix], full], dim=1)
