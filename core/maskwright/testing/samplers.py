@@ -1,0 +1,7 @@
+"""The rules of samplers."""
+
+from __future__ import annotations
+
+from maskwright.testing.rules import Rule, check_component_is_frozen
+
+RULES: tuple[Rule, ...] = (check_component_is_frozen,)
