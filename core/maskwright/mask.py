@@ -127,7 +127,9 @@ class Mask:
             )
         keep = self.keep
         for axis, (new, old) in enumerate(zip(size, grid), start=1):
-            keep = keep.repeat_interleave(new // old, dim=axis)
+            # Several times faster than repeat_interleave on the tensor itself.
+            cells = torch.arange(old, device=self.device).repeat_interleave(new // old)
+            keep = keep.index_select(axis, cells)
         return Mask(keep)
 
     # -- indices -------------------------------------------------------------------------------------------
