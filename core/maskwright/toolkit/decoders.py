@@ -19,8 +19,9 @@ def transformer(width: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> n
         activation="gelu",
         batch_first=True,
         norm_first=True,
+        layer_norm_eps=1e-6,
     )
-    return nn.TransformerEncoder(block, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+    return nn.TransformerEncoder(block, depth, norm=nn.LayerNorm(width, eps=1e-6), enable_nested_tensor=False)
 
 
 class DecoderInput(nn.Module):

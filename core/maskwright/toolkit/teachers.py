@@ -18,7 +18,7 @@ def teacher_of(student: nn.Module) -> nn.Module:
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """teacher ← decay · teacher + (1 - decay) · student for every parameter; buffers are copied."""
-    for ours, its in zip(teacher.parameters(), student.parameters()):
-        ours.lerp_(its, 1 - decay)
-    for ours, its in zip(teacher.buffers(), student.buffers()):
-        ours.copy_(its)
+    for mine, its in zip(teacher.parameters(), student.parameters()):
+        mine.lerp_(its, 1 - decay)
+    for held, current in zip(teacher.buffers(), student.buffers()):
+        held.copy_(current)
