@@ -190,8 +190,9 @@ class Mask:
 
     def as_additive(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """0 where attended, the most negative finite number of `dtype` elsewhere."""
+        hidden = ~self.keep
         return torch.zeros(self.shape, dtype=dtype, device=self.device).masked_fill_(
-            ~self.keep, torch.finfo(dtype).min
+            hidden, torch.finfo(dtype).min
         )
 
     def as_key_padding(self) -> Tensor:
