@@ -192,8 +192,9 @@ class Mask:
 
     def as_additive(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """0 where attended, the most negative finite number of `dtype` elsewhere."""
+        hidden = ~self.keep
         return torch.zeros(self.shape, dtype=dtype, device=self.device).masked_fill_(
-            ~self.keep, torch.finfo(dtype).min
+            hidden, torch.finfo(dtype).min
         )
 
     def as_key_padding(self) -> Tensor:
@@ -618,7 +619,7 @@ def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Mask]) -> None:
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, Mask]:
-    """Read what `save_masks` wrote. Raises `BadData` for any other file."""
+    """Read what `save_masks` wrote. Raises `BadData` for any other file and for a damaged one."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -626,15 +627,23 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Mask]:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise BadData(f"{path} is a safetensors file, but holds no maskwright masks.")
-            masks = {}
-            for name, shape in json.loads(metadata["shapes"]).items():
-                bits = np.unpackbits(file.get_tensor(name), count=math.prod(shape), bitorder="little")
-                masks[name] = Mask(torch.from_numpy(bits.astype(bool)).reshape(shape))
-            return masks
+            shapes = json.loads(metadata["shapes"])
+            return {name: _unpacked(file.get_tensor(name), shape) for name, shape in shapes.items()}
     except FileNotFoundError:
         raise BadData(f"{path} does not exist; give the masks.safetensors of a run.") from None
     except (SafetensorError, OSError) as error:
         raise BadData(f"{path} cannot be read as safetensors: {error}") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise BadData(f"{path} is damaged: its shapes do not fit its bits; save the masks again.") from error
+
+
+def _unpacked(bits: np.ndarray, shape: list[int]) -> Mask:
+    count = math.prod(shape)
+    if not shape or min(shape) < 0 or bits.dtype != np.uint8 or bits.shape != (-(-count // 8),):
+        raise ValueError
+    return Mask(
+        torch.from_numpy(np.unpackbits(bits, count=count, bitorder="little").astype(bool)).reshape(shape)
+    )
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:

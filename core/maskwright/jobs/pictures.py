@@ -195,7 +195,7 @@ def grid_of(
                 labels[index],
                 font=font,
                 fill=ink,
-                anchor="mt",
+                anchor="ma",
             )
     return page
 
@@ -215,19 +215,22 @@ def curve(
     *,
     x_label: str = "step",
     y_label: str = "",
-    size: tuple[float, float] = (7.2, 3.0),
+    size: tuple[float, float] = (8.5, 3.0),
     log_y: bool = False,
     percent: bool = False,
 ) -> bytes:
     """Lines by name, each (x, y), as a PNG with a transparent background.
 
-    Long noisy lines are drawn pale, with their running mean on top. Numbers that are not finite leave gaps.
+    Long noisy lines are drawn pale, with their running mean on top. Numbers that are not finite leave gaps. With
+    `percent`, 1 is 100 % and the axis shows all of [0, 1].
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes(size)
     for colour, (name, (x, y)) in zip(_colours(len(series)), series.items()):
         xs, ys = np.asarray(x, float), np.asarray(y, float)
         ys = np.where(np.isfinite(ys), ys, np.nan)
-        if len(ys) > 150:
+        if _is_noisy(ys):
             axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.3)
             xs, ys = _running_mean(xs, ys, len(ys) // 40)
         single = {"marker": "o", "markersize": 3.5} if len(ys) < 12 else {}
@@ -238,12 +241,14 @@ def curve(
         axes.set_yscale("log")
     if percent:
         axes.yaxis.set_major_formatter(_percent())
+        axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     if len(series) > 1:
         axes.legend(
             frameon=False,
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
-            ncols=min(len(series), 4),
+            ncols=min(len(series), max(int(size[0] / 2), 1)),
             handlelength=1.2,
             borderaxespad=0.2,
             labelcolor=INK,
@@ -258,7 +263,7 @@ def bars(
     x_label: str = "",
     reference: float | None = None,
     percent: bool = True,
-    width: float = 7.2,
+    width: float = 8.5,
 ) -> bytes:
     """Horizontal bars with their values, first name on top, as a PNG with a transparent background.
 
@@ -282,8 +287,10 @@ def bars(
         axes.xaxis.set_major_formatter(_percent())
     axes.set_xlim(0, max(top * 1.12, 0.01))
     for row, value in zip(rows, numbers):
-        said = f"{value:.1%}" if percent else f"{value:.4g}"
-        axes.annotate(said, (value, row), (4, 0), textcoords="offset points", va="center", fontsize=small)
+        said = f"{value * 100:.1f}\N{NO-BREAK SPACE}%" if percent else f"{value:.4g}"
+        if math.isfinite(value):
+            at = {"xytext": (4, 0), "textcoords": "offset points"}
+            axes.annotate(said, (value, row), va="center", fontsize=small, color=INK, **at)
     if reference is not None:
         axes.axvline(reference, color=COLOURS[1], linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_xlabel(x_label)
@@ -324,7 +331,13 @@ def _colours(count: int) -> list[str]:
 def _percent() -> Any:
     from matplotlib.ticker import PercentFormatter
 
-    return PercentFormatter(1.0, decimals=None)
+    return PercentFormatter(1.0, decimals=None, symbol="\N{NO-BREAK SPACE}%")
+
+
+def _is_noisy(y: np.ndarray) -> bool:
+    """Whether neighbours differ by more than a hundredth of the range: then a long line is read through its mean."""
+    good = y[np.isfinite(y)]
+    return len(good) > 150 and bool(np.abs(np.diff(good)).mean() > 0.01 * max(np.ptp(good), 1e-12))
 
 
 def _running_mean(x: np.ndarray, y: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

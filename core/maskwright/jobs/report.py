@@ -1,0 +1,582 @@
+"""`write_report`: a run folder as one page of HTML that needs nothing else: no network, no JavaScript.
+
+It reads whichever of run.toml, summary.json, metrics.jsonl, pictures.safetensors, masks.safetensors and samples.jsonl are
+there; what is missing or damaged is said on the page, and the rest is drawn.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import attrs
+import torch
+from torch import Tensor
+
+from maskwright.errors import MaskwrightError, OutputError
+from maskwright.jobs import pictures
+from maskwright.mask import Mask, load_masks, write_whole
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGES_SHOWN = 8
+SAMPLES_SHOWN = 12
+LAYERS_SHOWN = 60
+CORNER = 32
+"""Rows and columns of a weight mask that are drawn: enough to see a pattern, few enough to see a weight."""
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder`/report.html and return its path. The page appears whole or not at all.
+
+    Raises `OutputError` when the folder cannot be written.
+    """
+    target = Path(folder) / "report.html"
+    content = render(read_run(Path(folder))).encode("utf-8", "replace")
+    try:
+        write_whole(target, content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(
+            f"The report {target} cannot be written ({reason}); free the disk or choose another folder."
+        ) from error
+    return target
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+@attrs.define
+class Run:
+    """What was found in a run folder. `notes` say which files could not be read."""
+
+    name: str
+    settings: dict[str, Any] = attrs.field(factory=dict)
+    summary: dict[str, Any] = attrs.field(factory=dict)
+    metrics: list[dict[str, Any]] = attrs.field(factory=list)
+    tensors: dict[str, Tensor] = attrs.field(factory=dict)
+    masks: dict[str, Mask] = attrs.field(factory=dict)
+    samples: list[dict[str, Any]] = attrs.field(factory=list)
+    notes: list[str] = attrs.field(factory=list)
+
+    @property
+    def job(self) -> str:
+        """ "pretrain", "prune", "sample", or "run" where no file says."""
+        return str(self.summary.get("job") or self.settings.get("job") or "run")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job came to its end."""
+        return self.summary.get("finished") is True
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of one metric, in the order of the file."""
+        lines = [line for line in self.metrics if _is_number(line.get(key)) and _is_number(line.get("step"))]
+        return [line["step"] for line in lines], [line[key] for line in lines]
+
+    def metric_names(self) -> list[str]:
+        """Metrics that are numbers, in order of appearance, without the step."""
+        names = {key: None for line in self.metrics for key, value in line.items() if _is_number(value)}
+        return [name for name in names if name != "step"]
+
+
+def read_run(folder: Path) -> Run:
+    """Read what there is. Nothing raises: a file that is damaged becomes a note."""
+    run = Run(name=folder.resolve().name)
+
+    def read(file: str, attribute: str, reader: Callable[[Path], Any]) -> None:
+        path = folder / file
+        if not path.exists():
+            return
+        try:
+            setattr(run, attribute, reader(path))
+        except (OSError, ValueError, KeyError, RuntimeError, MaskwrightError) as error:
+            said = str(error).partition("\n")[0].replace(str(path), file)
+            run.notes.append(f"{file} could not be read: {said}")
+
+    read("run.toml", "settings", lambda path: tomllib.loads(path.read_text("utf-8")))
+    read("summary.json", "summary", _read_object)
+    read("metrics.jsonl", "metrics", _read_lines)
+    read("pictures.safetensors", "tensors", _read_tensors)
+    read("masks.safetensors", "masks", load_masks)
+    read("samples.jsonl", "samples", _read_lines)
+    return run
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("it does not hold an object.")
+    return value
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects, one a line. The last line may be cut short by a kill: it is left out."""
+    lines = [line for line in path.read_bytes().decode("utf-8", "replace").splitlines() if line.strip()]
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise ValueError(f"line {number} is not JSON.") from None
+        if isinstance(value, dict):
+            values.append(value)
+    return values
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# -- the page ------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Figure:
+    """A picture with the words that stand for it. `narrow` is the same one, drawn for a phone."""
+
+    source: str
+    alt: str
+    width: int
+    height: int
+    caption: str = ""
+    title: str = ""
+    wide: bool = True
+    narrow: str = ""
+
+    @property
+    def small(self) -> bool:
+        """Whether it is blown up on the page: its pixels stay squares then."""
+        return max(self.width, self.height) < 160
+
+
+@attrs.frozen
+class Number:
+    """One headline number, said in words that need no legend."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def render(run: Run) -> str:
+    """The page as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from maskwright import __version__
+
+    environment = Environment(
+        loader=PackageLoader("maskwright.jobs"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    specific = {"pretrain": _pretrain, "prune": _prune, "sample": _sample}.get(run.job, _plain)
+    return environment.get_template("report.html.j2").render(
+        {
+            "run": run,
+            "title": _title(run),
+            "state": _state(run),
+            "again": f"maskwright {run.job} run.toml" if run.settings and run.job != "run" else "",
+            "settings": list(_flat(run.settings)),
+            "results": list(_flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
+            "version": __version__,
+            "numbers": [],
+            "rows": [],
+            "charts": [],
+            "corners": [],
+            "texts": [],
+            "sizes": [],
+            **specific(run),
+        }
+    )
+
+
+def _title(run: Run) -> str:
+    """The components, in the order in which they act: `hard-patches × hpm`."""
+    names = [_component(run, kind) for kind in ("strategy", "objective", "pruner", "sampler")]
+    return " × ".join(name for name in names if name) or run.name
+
+
+def _component(run: Run, kind: str) -> str:
+    for value in (run.settings.get(kind), run.summary.get(kind)):
+        if isinstance(value, str):
+            return value
+        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+            return value["name"]
+    return ""
+
+
+def _state(run: Run) -> str:
+    if run.finished:
+        return ""
+    steps = [line["step"] for line in run.metrics if _is_number(line.get("step"))]
+    total = _find(run.settings, "steps")
+    reached = f" The last step on record is {max(steps):,}" if steps else " No step is on record"
+    of = f" of {total:,}" if steps and _is_number(total) else ""
+    return f"This run has not finished.{reached}{of}."
+
+
+def _find(settings: Mapping[str, Any], key: str) -> Any:
+    """A setting by its last name, wherever it stands."""
+    return next((value for name, value, _ in _flat_values(settings) if name.rpartition(".")[2] == key), None)
+
+
+def _flat_values(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any, None]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat_values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value, None
+
+
+def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for name, value, _ in _flat_values(table):
+        yield name, say(value)
+
+
+# -- pretrain ------------------------------------------------------------------------------------------------
+
+
+def _pretrain(run: Run) -> dict[str, Any]:
+    hidden = set(_masked_shares(run))
+    return {
+        "numbers": [
+            *_headline(
+                run,
+                ("final loss", ("final_loss", "loss"), say, ""),
+                ("held-out loss", ("held_out_loss",), say, ""),
+                ("linear probe", ("linear_probe",), share, "accuracy, held out"),
+                ("kNN probe", ("knn_probe",), share, "accuracy, held out"),
+            ),
+            *([Number("hidden", share(hidden.pop()), "of each image")] if len(hidden) == 1 else []),
+            *_time(run),
+        ],
+        "rows": _image_rows(run.tensors),
+        "charts": _loss_charts(run),
+    }
+
+
+def _image_rows(tensors: Mapping[str, Tensor]) -> list[tuple[Figure, ...]]:
+    """For each image: original, what the model saw, reconstruction (where there is one)."""
+    originals, masks = tensors.get("originals"), tensors.get("masks")
+    if originals is None or masks is None or originals.ndim != 4 or masks.ndim != 3:
+        return []
+    predicted = tensors.get("reconstructions")
+    rows = []
+    for index, (pixels, keep) in enumerate(zip(originals[:IMAGES_SHOWN], masks.bool())):
+        hidden = share(1 - keep.float().mean().item())
+        seen = pictures.overlay(pixels, keep)
+        row = [
+            figure(pictures.picture(pixels), f"Held-out image {index + 1}, original"),
+            figure(seen, f"Held-out image {index + 1} as the model saw it: {hidden} hidden"),
+        ]
+        if predicted is not None:
+            size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+            shown = Mask(keep[None]).upsample(size).keep[0]
+            mended = torch.where(shown, pixels.float(), predicted[index].float())
+            row.append(figure(pictures.picture(mended), f"Held-out image {index + 1}, hidden part predicted"))
+        rows.append(tuple(row))
+    return rows
+
+
+def _loss_charts(run: Run) -> list[Figure]:
+    names = run.metric_names()
+    losses = [name for name in names if _is_loss(name) and not _is_held_out(name)]
+    held_out = [name for name in names if _is_loss(name) and _is_held_out(name)]
+    total = [name for name in losses if name in ("loss", "total")]
+    parts = [name for name in losses if name not in total]
+    charts = [_chart(run, [*total, *held_out] or parts, "Loss", wide=True)]
+    if total and parts and not _all_equal(run, parts, total):
+        charts.append(_chart(run, parts, "Parts of the loss"))
+    masked = [name for name in names if name in _MASKED]
+    if len(set(_masked_shares(run))) > 1:
+        charts.append(_chart(run, masked[:1], "Masked share", percent=True))
+    rest = [n for n in names if n not in {*losses, *held_out, *masked} and n not in _UNDRAWN]
+    charts += [_chart(run, [name], _words(name)) for name in rest]
+    return [chart for chart in charts if chart is not None]
+
+
+def _masked_shares(run: Run) -> list[float]:
+    """The hidden share of each step's masks, to a thousandth."""
+    key = next((name for name in run.metric_names() if name in _MASKED), "")
+    return [round(value, 3) for value in run.series(key)[1]]
+
+
+_MASKED = ("masked", "masked_share", "masked_ratio", "removed_ratio", "hidden")
+_UNDRAWN = ("seconds", "time", "epoch", "progress", "images", "tokens", "samples")
+
+
+def _is_loss(name: str) -> bool:
+    return "loss" in name or name == "total" or name.startswith(("part.", "part/", "parts."))
+
+
+def _is_held_out(name: str) -> bool:
+    return any(word in name for word in ("held", "valid", "eval"))
+
+
+def _all_equal(run: Run, parts: Sequence[str], total: Sequence[str]) -> bool:
+    """Whether the one part is the whole loss: then it is not drawn twice."""
+    return len(parts) == 1 and run.series(parts[0]) == run.series(total[0])
+
+
+def _chart(
+    run: Run, names: Sequence[str], title: str, *, percent: bool = False, wide: bool = False
+) -> Figure | None:
+    """Lines of metrics by step, or nothing where none has a number."""
+    series = {_words(name): run.series(name) for name in names}
+    series = {name: line for name, line in series.items() if any(map(math.isfinite, line[1]))}
+    if not series:
+        return None
+    said = []
+    for name, (steps, values) in series.items():
+        speak = share if percent else say
+        good = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
+        (first, start), (last, end) = good[0], good[-1]
+        said.append(f"{name} from {speak(start)} at step {say(first)} to {speak(end)} at step {say(last)}")
+    small = pictures.curve(series, percent=percent, size=(4.15, 2.5))
+    image = pictures.curve(series, percent=percent) if wide else small
+    words = f"{title} by step: {'; '.join(said)}."
+    drawn = _png_figure(image, words, title=title, wide=wide)
+    return attrs.evolve(drawn, narrow=_data_uri(small)) if wide else drawn
+
+
+# -- prune ---------------------------------------------------------------------------------------------------
+
+
+def _prune(run: Run) -> dict[str, Any]:
+    layers = [layer for layer in run.summary.get("layers") or [] if isinstance(layer, dict)]
+    kept = sum(layer.get("kept", 0) for layer in layers)
+    total = sum(layer.get("total", 0) for layer in layers)
+    removed = run.summary.get("sparsity", 1 - kept / total if total else None)
+    asked = _asked(run)
+    numbers = _headline(
+        run,
+        ("perplexity before", ("perplexity_before",), say, "dense"),
+        ("perplexity after", ("perplexity_after",), say, "pruned"),
+    )
+    if _is_number(removed):
+        numbers.append(Number("weights removed", share(removed, 2), f"asked: {asked}" if asked else ""))
+    numbers += _time(run)
+    sizes = _sizes(run.summary.get("sizes"))
+    charts = [_layer_chart(run, layers), *_training_charts(run)]
+    return {
+        "numbers": numbers,
+        "charts": [chart for chart in charts if chart],
+        "corners": _corners(run.masks),
+        "sizes": sizes,
+    }
+
+
+def _asked(run: Run) -> str:
+    """The budget in words."""
+    budget = run.summary.get("budget", run.settings.get("budget"))
+    if isinstance(budget, Mapping):
+        return ", ".join(f"{key} {say(value)}" for key, value in budget.items() if value is not None)
+    return "" if budget is None else say(budget)
+
+
+def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Removed share by layer; by block of layers where there are too many to read."""
+    counted = [
+        (str(layer.get("name", "")), int(layer["kept"]), int(layer["total"]))
+        for layer in layers
+        if _is_number(layer.get("kept")) and layer.get("total")
+    ]
+    title = "Removed share by layer"
+    if len(counted) > LAYERS_SHOWN:
+        title = "Removed share by block"
+        sums: dict[str, tuple[int, int]] = {}
+        for name, kept, total in counted:
+            block = re.match(r".*?\d+", name)
+            key = block[0] if block else name
+            before = sums.get(key, (0, 0))
+            sums[key] = (before[0] + kept, before[1] + total)
+        counted = [(name, kept, total) for name, (kept, total) in sums.items()][:LAYERS_SHOWN]
+    if not counted:
+        return None
+    names = [name.removesuffix(".weight") for name, _, _ in counted]
+    removed = [1 - kept / total for _, kept, total in counted]
+    budget = run.summary.get("budget")
+    asked = budget.get("sparsity") if isinstance(budget, Mapping) else None
+    line = asked if _is_number(asked) else None
+    image, small = (pictures.bars(names, removed, reference=line, width=width) for width in (8.5, 4.15))
+    low, high = (
+        min(range(len(removed)), key=removed.__getitem__),
+        max(range(len(removed)), key=removed.__getitem__),
+    )
+    alt = (
+        f"{title}: least {share(removed[low])} in {names[low]}, most {share(removed[high])} in {names[high]}."
+    )
+    caption = f"Dashed: the {share(asked)} that was asked." if _is_number(asked) else ""
+    drawn = _png_figure(image, alt, title=title, caption=caption)
+    return attrs.evolve(drawn, narrow=_data_uri(small))
+
+
+def _training_charts(run: Run) -> list[Figure]:
+    names = [name for name in run.metric_names() if name not in _UNDRAWN]
+    losses = [name for name in names if _is_loss(name)]
+    charts = [_chart(run, losses, "Loss while the pruner trained", wide=True)]
+    charts += [_chart(run, [name], _words(name)) for name in names if name not in losses]
+    return [chart for chart in charts if chart is not None]
+
+
+def _corners(masks: Mapping[str, Mask]) -> list[Figure]:
+    """The first rows and columns of the first, the middle and the last masks of matrices."""
+    matrices = [(name, mask.keep) for name, mask in masks.items() if mask.keep.ndim >= 2]
+    chosen = sorted({0, len(matrices) // 3, 2 * len(matrices) // 3, len(matrices) - 1}) if matrices else []
+    figures = []
+    for index in chosen:
+        name, keep = matrices[index]
+        corner = keep.flatten(1)[:CORNER, :CORNER]
+        size = f"{corner.shape[0]} × {corner.shape[1]}"
+        figures.append(
+            figure(
+                pictures.mask_image(corner, cell=6),
+                f"Mask of {name}, first {size} weights: {share(corner.float().mean().item())} kept",
+                caption=name.removesuffix(".weight"),
+            )
+        )
+    return figures
+
+
+def _sizes(sizes: Any) -> list[tuple[str, str, float]]:
+    """(what, how large, share of the largest)."""
+    if not isinstance(sizes, Mapping):
+        return []
+    known = {_words(name): value for name, value in sizes.items() if _is_number(value) and value > 0}
+    most = max(known.values(), default=1)
+    return [(name, size(value), value / most) for name, value in known.items()]
+
+
+# -- sample --------------------------------------------------------------------------------------------------
+
+
+def _sample(run: Run) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    texts: list[str] = []  # Markup where the tokens are coloured: reveal escapes them
+    for line in run.samples[:SAMPLES_SHOWN]:
+        tokens, order = line.get("tokens"), line.get("order")
+        if isinstance(tokens, list) and isinstance(order, list) and len(tokens) == len(order):
+            texts.append(Markup(pictures.reveal(order, list(map(str, tokens)))))
+        else:
+            texts.append(str(line.get("text", "")))
+    numbers = _headline(
+        run,
+        ("network calls", ("evaluations",), say, "for the whole batch"),
+        ("categorical draws", ("draws", "categorical_draws"), say, ""),
+        ("samples", ("samples", "count"), say, ""),
+        ("length", ("length",), say, "tokens"),
+    )
+    numbers += _time(run)
+    return {"numbers": numbers, "texts": texts, "charts": _loss_charts(run)}
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    return {"charts": _loss_charts(run)}
+
+
+# -- words and numbers ---------------------------------------------------------------------------------------
+
+
+def _headline(run: Run, *wanted: tuple[str, tuple[str, ...], Callable[[Any], str], str]) -> list[Number]:
+    """The numbers that the summary has, in the order asked."""
+    numbers = []
+    for label, keys, speak, note in wanted:
+        value = next((run.summary[key] for key in keys if _is_number(run.summary.get(key))), None)
+        if value is not None:
+            numbers.append(Number(label, speak(value), note))
+    return numbers
+
+
+def _time(run: Run) -> list[Number]:
+    """How long it took, and for how many steps."""
+    seconds, steps = run.summary.get("seconds"), run.summary.get("steps")
+    note = f"{say(steps)} steps" if _is_number(steps) else ""
+    if _is_number(seconds):
+        return [Number("time", duration(seconds), note)]
+    return [Number("steps", say(steps))] if note else []
+
+
+def say(value: Any) -> str:
+    """A value for readers: four significant digits, thousands apart, yes and no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "not finite"
+        if value == int(value) and abs(value) < 1e6:
+            return f"{int(value):,}"
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(say, value)) or "none"
+    return str(value)
+
+
+def share(value: float, digits: int = 1) -> str:
+    """0.75 → 75 %."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{round(value * 100, digits):g}\N{NO-BREAK SPACE}%"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as one reads them: 12.3 s, 2 min 05 s, 1 h 03 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {left:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as one reads them: 1.2 MB (10⁶)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def _words(name: str) -> str:
+    return re.sub(r"[_./]+", " ", name).strip()
+
+
+def figure(image: Image.Image, alt: str, *, caption: str = "", title: str = "") -> Figure:
+    """A picture as a data URI."""
+    return _png_figure(pictures.png(image), alt, caption=caption, title=title)
+
+
+def _png_figure(data: bytes, alt: str, *, caption: str = "", title: str = "", wide: bool = True) -> Figure:
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+    return Figure(_data_uri(data), alt, width, height, caption, title, wide)
+
+
+def _data_uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
