@@ -583,14 +583,17 @@ class Layout:
 
     @classmethod
     def of(cls, backbone: Any, batch: Mapping[str, Tensor]) -> Layout:
-        """The layout of a batch as a backbone sees it: its patch grid, or the tokens' length."""
+        """The layout of a batch as a backbone sees it: its patch grid, its coarsest map, or the tokens' length."""
         if "tokens" in batch:
             tokens = batch["tokens"]
             return cls(tokens.shape[0], tuple(tokens.shape[1:]), tokens.device)
         pixels = batch.get("pixels", next(iter(batch.values())))
+        if hasattr(backbone, "strides"):
+            cell = int(backbone.strides[-1])
+            return cls(pixels.shape[0], tuple(side // cell for side in pixels.shape[2:]), pixels.device, cell)
         if not hasattr(backbone, "grid"):
             raise MaskShapeError(
-                f"Layout.of needs a backbone with a `grid`; {type(backbone).__name__} has none. "
+                f"Layout.of needs a backbone with a `grid` or `strides`; {type(backbone).__name__} has neither. "
                 "Adapt it first (maskwright.backbones.adapt), or write Layout(batch, grid) yourself."
             )
         return cls(

@@ -141,7 +141,8 @@ def adapt(module: nn.Module, kind: type | str) -> Any:
     missing = [text for name, text in shapes.items() if not _has(module, name)]
     if not missing:
         return module
-    importlib.import_module("maskwright.backbones.transformers")
+    for adapters in ("transformers", "convolutional"):
+        importlib.import_module(f"maskwright.backbones.{adapters}")
     for adapter in _ADAPTERS.get(protocol, []):
         if (adapted := adapter(module)) is not None:
             return adapted
