@@ -12,7 +12,9 @@ SMALL = {"width": 32, "depth": 1, "heads": 2}
 def makers():
     return {
         "llama": lambda seed: causal_language_model(vocabulary=50, length=16, seed=seed, **SMALL),
-        "bert": lambda seed: masked_language_model(vocabulary=50, length=16, mask_token=2, seed=seed, **SMALL),
+        "bert": lambda seed: masked_language_model(
+            vocabulary=50, length=16, mask_token=2, seed=seed, **SMALL
+        ),
         "vit": lambda seed: vision_transformer(seed=seed, **SMALL),
     }
 
@@ -36,7 +38,9 @@ def test_language_models_are_token_backbones(name, shift):
 
 def test_the_masked_model_knows_its_mask_token():
     assert adapt(makers()["bert"](0), "token").mask_token == 2
-    assert adapt(causal_language_model(vocabulary=9, length=8, mask_token=7, **SMALL), "token").mask_token == 7
+    assert (
+        adapt(causal_language_model(vocabulary=9, length=8, mask_token=7, **SMALL), "token").mask_token == 7
+    )
 
 
 def test_the_masked_model_has_no_dropout():

@@ -39,7 +39,7 @@ class TransformersConvNet(nn.Module):
 def _conv_backbone(module: Any) -> nn.Module | None:
     for name in ("resnet", "convnext", "convnextv2"):
         module = getattr(module, name, module)
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     kind = getattr(config, "model_type", "")
     if kind == "resnet":
         first = 2 if config.downsample_in_first_stage else 1

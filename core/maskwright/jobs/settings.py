@@ -256,7 +256,9 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
         if "name" not in given.get("strategy", {}):
             suited = getattr(registry.component_class("objective", name), "default_strategy", None)
             if suited is not None:
-                tables = _merge(tables, {"strategy": {"name": suited}})
+                tables = _merge(
+                    tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
+                )
     if given.get("model", {}).get("source", "default") == "default":
         tables = _merge(tables, {"model": _DEFAULT_MODEL[modality]})
     source = given.get("data", {}).get("source", tables.get("data", {}).get("source"))
