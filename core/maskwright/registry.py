@@ -353,6 +353,10 @@ class Registry:
         for component in offered:
             self._adopt(plugin, component)
 
+    def module(self, plugin: PluginInfo) -> Any:
+        """The plugin's module, imported without reading its components: an observer need not have any."""
+        return self._import(plugin)
+
     @staticmethod
     def _advice(plugin: PluginInfo, error: Exception) -> str:
         if isinstance(error, ModuleNotFoundError) and plugin.extras:
