@@ -207,7 +207,7 @@ class NeverLooks(Right):
 
 class NeedsSomethingToDo(Right):
     def samples(self, tokens, evaluations, order, request):
-        1 / evaluations  # noqa: B018
+        1 / evaluations
         return Samples(tokens, evaluations, order)
 
 
