@@ -27,8 +27,9 @@ class MaskedTraining(nn.Module):
     run draws the masks that it would have drawn. `total_steps` turns the count into the progress that strategies and
     objectives see; without it progress stays at `progress`, which the caller may set.
 
-    With several processes every rank draws the mask of the *global* batch from the same generator and takes its own rows;
-    ranks must hold batches of equal size.
+    With several processes every rank draws the mask of the *global* training batch from the same generator and takes its own
+    rows; ranks must hold batches of equal size. An objective's own draws differ between ranks. In evaluation mode a batch is
+    the rank's own business, and its mask follows from the seed alone.
     """
 
     draws: Tensor
@@ -70,7 +71,7 @@ class MaskedTraining(nn.Module):
             mask,
             signals=signals,
             progress=self.current_progress(),
-            generator=self._generator(mask.device, 1),
+            generator=self._generator(mask.device, 1 + self._place()[1]),
         )
         if self.training:
             self.draws += 1
@@ -81,7 +82,7 @@ class MaskedTraining(nn.Module):
         signals = dict(self.bound.signals(batch))
         needed = {name: signals.get(name, batch.get(name)) for name in self.strategy.needs}
         layout = Layout.of(self.backbone, batch)
-        world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+        world, rank = self._place()
         wide = Layout(layout.batch * world, layout.grid, layout.device, layout.patch_size)
         mask = self.strategy.draw(
             wide,
@@ -105,7 +106,12 @@ class MaskedTraining(nn.Module):
         if device not in self._generators:
             self._generators[device] = torch.Generator(device=device)
         count = int(self.draws) if self.training else -1
-        return self._generators[device].manual_seed(((self.seed * _STRIDE + count) * 2 + stream) % 2**63)
+        return self._generators[device].manual_seed(((self.seed * _STRIDE + count) * 1024 + stream) % 2**63)
+
+    def _place(self) -> tuple[int, int]:
+        """(number of ranks that share the batch, this rank)."""
+        shared = self.training and dist.is_available() and dist.is_initialized()
+        return (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
 
     def _follow_optimizers(self) -> None:
         """After each step of an optimizer that holds our parameters: count it, and let the teacher follow."""
@@ -113,21 +119,17 @@ class MaskedTraining(nn.Module):
 
         def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             model = mine()
-            if model is None:
-                handle.remove()
-            elif model._holds_a_parameter_of(optimizer):
+            if model is not None and model._holds_a_parameter_of(optimizer):
                 model.steps += 1
                 model.bound.after_step(model.current_progress())
 
         handle = register_optimizer_step_post_hook(stepped)
+        # Not inside the hook: PyTorch is iterating over its hooks then.
+        weakref.finalize(self, handle.remove)
 
     def _holds_a_parameter_of(self, optimizer: torch.optim.Optimizer) -> bool:
         first = next((p for group in optimizer.param_groups for p in group["params"]), None)
         return first is not None and any(first is parameter for parameter in self.parameters())
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _gathered(value: Tensor, world: int) -> Tensor:
