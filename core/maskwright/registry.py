@@ -470,6 +470,10 @@ class Registry:
                 self._adopt(plugin, component)
             self._loaded[plugin.key] = tuple(offered)
 
+    def module(self, plugin: PluginInfo) -> Any:
+        """The plugin's module, imported without reading its components: an observer need not have any."""
+        return self._import(plugin)
+
     @staticmethod
     def _advice(plugin: PluginInfo, error: BaseException) -> str:
         if isinstance(error, ModuleNotFoundError):
