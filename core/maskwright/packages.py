@@ -69,7 +69,11 @@ class Change:
             return f"+ {self.name} {self.after}"
         if not self.after:
             return f"- {self.name} {self.before}"
-        return f"~ {self.name} {self.before} → {self.after}" if self.before != self.after else f"~ {self.name} {self.after}"
+        return (
+            f"~ {self.name} {self.before} → {self.after}"
+            if self.before != self.after
+            else f"~ {self.name} {self.after}"
+        )
 
 
 @attrs.frozen
@@ -164,7 +168,9 @@ class Installer:
     name: str
     command: tuple[str, ...]
 
-    def install(self, packages: Sequence[str], editable: Sequence[str], upgrade: bool, *extra: str) -> list[str]:
+    def install(
+        self, packages: Sequence[str], editable: Sequence[str], upgrade: bool, *extra: str
+    ) -> list[str]:
         """The command line that installs these (already checked) requirements."""
         words = [*self.command, "install", *self._target(), *extra]
         words += ["--upgrade"] * upgrade
@@ -174,7 +180,14 @@ class Installer:
 
     def uninstall(self, names: Sequence[str]) -> list[str]:
         """The command line that removes these (already checked) distributions."""
-        return [*self.command, "uninstall", *self._target(), *(["--yes"] if self.name == "pip" else []), "--", *names]
+        return [
+            *self.command,
+            "uninstall",
+            *self._target(),
+            *(["--yes"] if self.name == "pip" else []),
+            "--",
+            *names,
+        ]
 
     def _target(self) -> list[str]:
         return [] if self.name == "pip" else ["--python", sys.executable]
@@ -281,7 +294,9 @@ def installed() -> Installed:
         raise InstallError(f"The environment's plugins cannot be listed: {reason}.")
     content = json.loads(done.stdout)
     return Installed(
-        frozenset(Offer(*words) for words in content["offers"]), frozenset(content["undescribed"]), content["errors"]
+        frozenset(Offer(*words) for words in content["offers"]),
+        frozenset(content["undescribed"]),
+        content["errors"],
     )
 
 
@@ -327,7 +342,9 @@ def uninstall(names: Sequence[str], *, dry_run: bool = False, say: Say = lambda 
     if dry_run:
         before, had = installed(), versions()
         lost = [offer for offer in before.offers if canonicalize_name(offer.distribution) in names]
-        return Outcome(tuple(Change(name, had.get(name, ""), "") for name in names), lost=tuple(_sorted(lost)))
+        return Outcome(
+            tuple(Change(name, had.get(name, ""), "") for name in names), lost=tuple(_sorted(lost))
+        )
     with alone(say):
         before, had = installed(), versions()
         _run(installer.uninstall(names), say)
@@ -346,7 +363,10 @@ def _would_install(
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.json")
             _run(
-                installer.install(packages, editable, upgrade, "--dry-run", "--quiet", "--report", str(report)), say
+                installer.install(
+                    packages, editable, upgrade, "--dry-run", "--quiet", "--report", str(report)
+                ),
+                say,
             )
             parts = [one["metadata"] for one in json.loads(report.read_text("utf-8"))["install"]]
         found = [(part["name"], part["version"]) for part in parts]
@@ -359,7 +379,9 @@ def _changes(had: Mapping[str, str], has: Mapping[str, str]) -> tuple[Change, ..
     return tuple(Change(name, had.get(name, ""), has.get(name, "")) for name in differing)
 
 
-def _outcome(before: Installed, after: Installed, changes: tuple[Change, ...], notes: Iterable[str]) -> Outcome:
+def _outcome(
+    before: Installed, after: Installed, changes: tuple[Change, ...], notes: Iterable[str]
+) -> Outcome:
     def bare(offers: Iterable[Offer]) -> dict[tuple[str, str, str], Offer]:
         return {(one.kind, one.name, one.distribution): one for one in offers}
 
@@ -388,7 +410,9 @@ def _notes(before: Installed, after: Installed, changes: Iterable[Change]) -> It
         yield f"None of {', '.join(sorted(touched))} brings a maskwright plugin."
     gained = after.offers - before.offers
     for offer in _sorted(gained):
-        others = {one.distribution for one in after.offers if (one.kind, one.name) == (offer.kind, offer.name)}
+        others = {
+            one.distribution for one in after.offers if (one.kind, one.name) == (offer.kind, offer.name)
+        }
         if len(others) > 1:
             yield (
                 f"The {offer.kind} {offer.name!r} is offered by {' and '.join(sorted(others))}: ask for "

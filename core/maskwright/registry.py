@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 import attrs
 import pluggy
@@ -38,6 +38,8 @@ from maskwright.errors import (
 
 if TYPE_CHECKING:
     from maskwright.protocols import MaskStrategy, Objective, Pruner, Sampler
+
+Location: TypeAlias = str | os.PathLike[str]
 
 KINDS = ("mask-strategy", "objective", "pruner", "sampler")
 BUILT_IN = "maskwright"
@@ -357,6 +359,13 @@ class Registry:
     def _advice(plugin: PluginInfo, error: Exception) -> str:
         if isinstance(error, ModuleNotFoundError) and plugin.extras:
             return f"Install what it needs: pip install '{plugin.distribution}[{','.join(plugin.extras)}]'."
+        top = plugin.module.partition(".")[0]
+        gone = isinstance(error, ModuleNotFoundError) and error.name == top and plugin.source == "third-party"
+        if gone:
+            return (
+                f"{plugin.distribution} was uninstalled while this program ran: install it again "
+                f"(maskwright install {plugin.distribution}), or start anew."
+            )
         return "`maskwright doctor` shows where."
 
     @staticmethod
@@ -484,13 +493,14 @@ def built_in_catalogue() -> Path:
     return inside if inside.is_file() else here.parents[1] / "registry.toml"
 
 
-def read_catalogue(path: Path, origin: PluginInfo) -> Iterator[tuple[PluginInfo, list[ComponentInfo]]]:
+def read_catalogue(path: Location, origin: PluginInfo) -> Iterator[tuple[PluginInfo, list[ComponentInfo]]]:
     """The plugins of one registry.toml. `origin` fills in what the file does not say (distribution, source, folder).
 
     Raises `RegistryFileError` with file and table for a syntax error, an unknown key, or a missing or wrong value.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            tables = tomllib.loads(file.read())
     except FileNotFoundError:
         raise RegistryFileError(f"{path} does not exist; give the path of a registry.toml.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -505,14 +515,17 @@ def read_catalogue(path: Path, origin: PluginInfo) -> Iterator[tuple[PluginInfo,
             raise RegistryFileError(
                 f"{path}, {where}: `module` is missing; name the module or file that has the hook."
             )
-        plugin = attrs.evolve(
-            origin,
+        plugin = PluginInfo(
             slug=slug,
             module=table["module"],
             title=_text(table, "title", path, where),
             paper=_text(table, "paper", path, where),
             code=_text(table, "code", path, where),
             extras=tuple(_texts(table, "extras", path, where)),
+            distribution=origin.distribution,
+            version=origin.version,
+            source=origin.source,
+            folder=origin.folder,
         )
         components = table.get("components", [])
         if not isinstance(components, list):
@@ -528,7 +541,7 @@ def read_catalogue(path: Path, origin: PluginInfo) -> Iterator[tuple[PluginInfo,
         )
 
 
-def _read_component(entry: Any, plugin: PluginInfo, path: Path, where: str) -> ComponentInfo:
+def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) -> ComponentInfo:
     _legal_keys(_table(entry, path, where), _COMPONENT_KEYS, path, where)
     kind, name = entry.get("kind"), entry.get("name")
     if kind not in KINDS:
@@ -556,7 +569,7 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Path, where: str) -> C
     )
 
 
-def _legal_keys(table: Mapping[str, Any], legal: frozenset[str], path: Path, where: str) -> None:
+def _legal_keys(table: Mapping[str, Any], legal: frozenset[str], path: Location, where: str) -> None:
     for key in table:
         if key not in legal:
             raise RegistryFileError(
@@ -564,20 +577,20 @@ def _legal_keys(table: Mapping[str, Any], legal: frozenset[str], path: Path, whe
             )
 
 
-def _table(value: Any, path: Path, where: str) -> dict[str, Any]:
+def _table(value: Any, path: Location, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RegistryFileError(f"{path}: {where} must be a table, not {value!r}.")
     return value
 
 
-def _text(table: Mapping[str, Any], key: str, path: Path, where: str) -> str:
+def _text(table: Mapping[str, Any], key: str, path: Location, where: str) -> str:
     value = table.get(key, "")
     if not isinstance(value, str):
         raise RegistryFileError(f"{path}, {where}: {key} must be a text, not {value!r}.")
     return value
 
 
-def _texts(table: Mapping[str, Any], key: str, path: Path, where: str) -> list[str]:
+def _texts(table: Mapping[str, Any], key: str, path: Location, where: str) -> list[str]:
     value = table.get(key, [])
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise RegistryFileError(f"{path}, {where}: {key} must be a list of texts, not {value!r}.")
@@ -585,24 +598,25 @@ def _texts(table: Mapping[str, Any], key: str, path: Path, where: str) -> list[s
 
 
 def third_party_catalogues(disabled: frozenset[str]) -> Iterator[tuple[PluginInfo, list[ComponentInfo]]]:
-    """The plugins of installed distributions, found through their entry points; none of them is imported."""
-    for entry in importlib.metadata.entry_points(group="maskwright"):
-        distribution, version = _origin(entry)
+    """The plugins of installed distributions, by name, found through their entry points; none of them is imported."""
+    for entry, distribution, version, beside in sorted(
+        _entry_points(), key=lambda found: (found[1], found[0].name)
+    ):
         if {entry.name, distribution} & disabled:
             continue
+        folder = _module_folder(entry.module, beside)
         origin = PluginInfo(
             slug=entry.name,
             module=entry.module,
             distribution=distribution,
             version=version,
             source="third-party",
-            folder=_module_folder(entry.module),
+            folder=folder,
         )
-        if origin.folder is None:
+        if folder is None:
             yield attrs.evolve(origin, described=False, error=f"its module {entry.module!r} is not found"), []
             continue
-        catalogue = origin.folder / "registry.toml"
-        if not catalogue.is_file():
+        if not os.path.isfile(catalogue := os.path.join(folder, "registry.toml")):
             yield attrs.evolve(origin, described=False), []
             continue
         try:
@@ -611,20 +625,52 @@ def third_party_catalogues(disabled: frozenset[str]) -> Iterator[tuple[PluginInf
             yield attrs.evolve(origin, error=str(error)), []
 
 
-def _origin(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    """Distribution name and version: from the folder's name, which is much faster than reading METADATA."""
-    if entry.dist is None:
-        return "unknown", ""
-    folder = getattr(getattr(entry.dist, "_path", None), "name", "")
+def _entry_points() -> Iterator[tuple[importlib.metadata.EntryPoint, str, str, Path | None]]:
+    """The entry points `maskwright`, each with its distribution, version, and the folder in which that is installed.
+
+    As `importlib.metadata.entry_points` finds them, of two distributions of one name the first, but in a third of the time:
+    a file without the group's name is not parsed, and name and version are those of the folder's name, not of METADATA.
+    """
+    seen = set()
+    for found in importlib.metadata.distributions():
+        path = getattr(found, "_path", None)
+        name, version = _origin(found, path)
+        if name in seen:
+            continue
+        seen.add(name)
+        if isinstance(path, Path):
+            try:
+                with open(os.path.join(path, "entry_points.txt"), encoding="utf-8") as file:
+                    text = file.read()
+            except OSError:
+                continue
+        else:
+            text = found.read_text("entry_points.txt") or ""
+        if "maskwright" in text:
+            for entry in found.entry_points:
+                if entry.group == "maskwright":
+                    yield entry, name, version, path.parent if isinstance(path, Path) else None
+
+
+def _origin(found: importlib.metadata.Distribution, path: Any) -> tuple[str, str]:
+    """Distribution name and version."""
+    folder = getattr(path, "name", "")
     name, dash, version = folder.removesuffix(".dist-info").partition("-")
     if folder.endswith(".dist-info") and dash:
         return name.replace("_", "-").lower(), version
-    return entry.dist.name.replace("_", "-").lower(), entry.dist.version
+    return (found.metadata["Name"] or "unknown").replace("_", "-").lower(), found.version
 
 
-def _module_folder(module: str) -> Path | None:
-    """The folder in which a module's registry.toml lies, found without importing the module or its parents."""
+def _module_folder(module: str, beside: Path | None) -> Path | None:
+    """The folder in which a module's registry.toml lies, found without importing the module or its parents.
+
+    `beside` is where its distribution is installed: where most modules are, and where it is cheapest to look.
+    """
     top, *rest = module.split(".")
+    if beside is not None:
+        usual = os.path.join(beside, top, *rest)
+        if os.path.isfile(os.path.join(usual, "__init__.py")):
+            return Path(usual)
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):

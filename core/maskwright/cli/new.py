@@ -10,7 +10,9 @@ from maskwright.registry import KINDS
 @click.command(epilog="Example: maskwright new my-mask --kind mask-strategy")
 @click.argument("name")
 @click.option("--kind", type=click.Choice(KINDS), required=True, help="What it is to offer.")
-@click.option("--dir", "directory", default=".", metavar="D", help="Where its folder is made (default: here).")
+@click.option(
+    "--dir", "directory", default=".", metavar="D", help="Where its folder is made (default: here)."
+)
 def new(name: str, kind: str, directory: str) -> None:
     """Write a complete plugin, ready to be installed, checked, tested and published.
 

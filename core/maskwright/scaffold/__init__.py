@@ -28,7 +28,9 @@ MODULES = {"mask-strategy": "masks", "objective": "objective", "pruner": "pruner
 def check_name(name: str, registry: Registry | None = None) -> None:
     """Raise `BadName` unless a new plugin, its package and its component can all have this name."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        wish = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-0123456789")
+        wish = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip(
+            "-0123456789"
+        )
         hint = f" Perhaps {wish!r}?" if wish and wish != name else ""
         raise BadName(
             f"{name!r} is no name for a plugin: it must be kebab-case, lower-case words joined by hyphens, such as "
@@ -36,7 +38,9 @@ def check_name(name: str, registry: Registry | None = None) -> None:
         )
     package = name.replace("-", "_")
     if keyword.iskeyword(package) or keyword.issoftkeyword(package):
-        raise BadName(f"{name!r} is a word of Python's own and cannot name a package; try '{name}-mask' or the like.")
+        raise BadName(
+            f"{name!r} is a word of Python's own and cannot name a package; try '{name}-mask' or the like."
+        )
     taken = (registry or Registry.from_environment()).find()
     for info in taken:
         if info.name == name:
@@ -45,7 +49,9 @@ def check_name(name: str, registry: Registry | None = None) -> None:
                 f"(`maskwright info {name}`). Choose another."
             )
     if package in sys.stdlib_module_names or _importable(package):
-        raise BadName(f"{name!r} is taken: there is a Python package {package!r}, which yours would hide. Choose another.")
+        raise BadName(
+            f"{name!r} is taken: there is a Python package {package!r}, which yours would hide. Choose another."
+        )
 
 
 def _importable(package: str) -> bool:
@@ -60,7 +66,7 @@ def files(name: str, kind: str) -> dict[str, str]:
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - no HTML is written
+        autoescape=False,
     )
     words = {
         "name": name,
@@ -79,7 +85,9 @@ def files(name: str, kind: str) -> dict[str, str]:
     return written
 
 
-def write(name: str, kind: str, directory: str | os.PathLike[str] = ".", registry: Registry | None = None) -> Path:
+def write(
+    name: str, kind: str, directory: str | os.PathLike[str] = ".", registry: Registry | None = None
+) -> Path:
     """Write a new plugin into `directory/name` and return that folder. It appears whole or not at all.
 
     Raises `BadName`, or `OutputError` when the folder exists or cannot be written.
