@@ -106,6 +106,12 @@ class CheckpointError(MaskwrightError):
     """A checkpoint is missing, damaged, of another run, or not safetensors."""
 
 
+class Interrupted(MaskwrightError):
+    """The user, or the machine, stopped the run. The exit code is what a shell gives a program that Ctrl-C ended."""
+
+    exit_code = 130
+
+
 class NumericalError(MaskwrightError, ArithmeticError):
     """A loss or a weight is not finite."""
 
