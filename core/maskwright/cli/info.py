@@ -253,7 +253,8 @@ def _text(registry: Registry, one: ComponentInfo) -> str:
         if said:
             facts.add(click.style(label, dim=True), said)
     blocks = [
-        f"{click.style(registry.address(one), fg='cyan', bold=True)}  {one.kind}\n{_filled(one.summary + '.')}",
+        f"{click.style(registry.address(one), fg='cyan', bold=True)}  {one.kind}"
+        + (f"\n{_filled(one.summary + '.')}" if one.summary else ""),
         "\n".join(facts.lines(stretch=1, least=30, wrap=True)),
     ]
     if one.parameters:
@@ -282,7 +283,7 @@ def _text(registry: Registry, one: ComponentInfo) -> str:
 
 def _facts(registry: Registry, one: ComponentInfo, problem: str) -> Iterable[tuple[str, str]]:
     plugin = one.plugin
-    yield "broken", click.style(problem, fg="red") if problem else ""
+    yield "broken", problem
     yield ("paper", f"{plugin.title} ({plugin.paper})") if plugin.paper else ("title", plugin.title)
     yield "code", plugin.code
     where = shown(plugin.distribution) if plugin.source == "file" else plugin.origin
@@ -333,4 +334,4 @@ def _titled(title: str, lines: Iterable[str]) -> str:
 
 
 def _filled(text: str) -> str:
-    return textwrap.fill(text, width() or 10_000, initial_indent="  ", subsequent_indent="  ")
+    return textwrap.fill(text, width() or 100_000, initial_indent="  ", subsequent_indent="  ")
