@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -60,6 +59,8 @@ def _document(registry: Registry, one: ComponentInfo) -> dict[str, Any]:
     the objectives, of an objective the strategies); `claim` (claim.json, or null); `command`; `python`; `bibtex`. Several kinds
     of one name give a list of these.
     """
+    from maskwright.registry import recorded_claim
+
     plugin = one.plugin
     return {
         "schema": SCHEMA,
@@ -67,7 +68,7 @@ def _document(registry: Registry, one: ComponentInfo) -> dict[str, Any]:
         **{key: getattr(plugin, key) for key in ("title", "paper", "code", "family")},
         "providers": providers(registry, one),
         "partners": [registry.address(other) for other in partners(registry, one)],
-        "claim": claim_of(plugin),
+        "claim": recorded_claim(plugin),
         "command": ready_command(registry, one),
         "python": example(registry, one),
         "bibtex": bibtex_entry(plugin),
@@ -114,18 +115,6 @@ def _partner(registry: Registry, one: ComponentInfo) -> str:
     usual = [other for other in found if other.name in USUAL]
     best = (usual if usual and usual[0] in own else own or usual or found)[:1]
     return registry.address(best[0]) if best else "…"
-
-
-def claim_of(plugin: PluginInfo) -> dict[str, Any] | None:
-    """What `maskwright verify --record` wrote, read without importing the plugin."""
-    from maskwright.registry import plugin_folder
-
-    try:
-        folder = plugin_folder(plugin)
-        claim = json.loads((folder / "claim.json").read_text("utf-8")) if folder else None
-    except (OSError, ValueError):
-        return None
-    return claim if isinstance(claim, dict) else None
 
 
 # -- how to use it -----------------------------------------------------------------------------------------------
@@ -225,19 +214,15 @@ def bibtex_entry(plugin: PluginInfo) -> str:
     """A BibTeX entry from what the catalogue knows: title, and the arXiv number, DOI or address."""
     if not plugin.paper:
         return f"% {plugin.slug}: the catalogue names no paper."
-    arxiv = re.fullmatch(r"(?:arxiv:)?(\d{2})(\d{2}\.\d{4,5})(v\d+)?", plugin.paper.strip(), re.IGNORECASE)
-    doi = re.fullmatch(r"(?:doi:|https?://doi\.org/)?(10\.\S+)", plugin.paper.strip(), re.IGNORECASE)
+    url = plugin.paper_url
+    site, _, number = url.removeprefix("https://").partition("/")
     fields = [("title", "{" + plugin.title + "}")]
-    if arxiv:
-        number = arxiv[1] + arxiv[2]
-        fields += [("year", f"20{arxiv[1]}"), ("eprint", number), ("archivePrefix", "arXiv")]
-        fields += [("url", f"https://arxiv.org/abs/{number}")]
-    elif doi:
-        fields += [("doi", doi[1]), ("url", f"https://doi.org/{doi[1]}")]
-    elif plugin.paper.startswith("http"):
-        fields += [("url", plugin.paper)]
-    else:
-        fields += [("note", plugin.paper)]
+    if site == "arxiv.org":
+        number = number.removeprefix("abs/")
+        fields += [("year", f"20{number[:2]}"), ("eprint", number), ("archivePrefix", "arXiv")]
+    elif site == "doi.org":
+        fields += [("doi", number)]
+    fields += [("url", url)] if url else [("note", plugin.paper)]
     lines = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields)
     return f"@misc{{{plugin.slug},\n{lines}\n}}"
 
@@ -246,6 +231,8 @@ def bibtex_entry(plugin: PluginInfo) -> str:
 
 
 def _text(registry: Registry, one: ComponentInfo) -> str:
+    from maskwright.registry import recorded_claim
+
     plugin = one.plugin
     problem = health.problems([plugin]).get(plugin.key, "")
     facts = Table(indent="  ")
@@ -273,7 +260,7 @@ def _text(registry: Registry, one: ComponentInfo) -> str:
         for rule, reason in one.exempt.items():
             table.add(rule, reason)
         blocks.append(_titled("Exempt from the conformance kit", table.lines(stretch=1, least=30, wrap=True)))
-    claim = claim_of(plugin)
+    claim = recorded_claim(plugin)
     if claim is not None:
         blocks.append(_titled("Claim", _claim_lines(claim)))
     blocks.append(_titled("Use it", [f"  {ready_command(registry, one)}"]))
