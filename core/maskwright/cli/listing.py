@@ -12,7 +12,7 @@ import click
 from maskwright.cli import health
 from maskwright.cli.completion import component_names, plugin_names, words
 from maskwright.cli.session import Session, pass_session
-from maskwright.cli.tables import Table, shown
+from maskwright.cli.tables import Table, counted, shown
 
 if TYPE_CHECKING:
     from maskwright.registry import ComponentInfo, PluginInfo, Registry
@@ -32,11 +32,15 @@ HEADINGS = {
 )
 @click.argument("pattern", default="*", shell_complete=component_names())
 @click.option("--kind", type=click.Choice(list(HEADINGS)), help="Only this kind of component.")
-@click.option("--modality", metavar="M", shell_complete=words("modalities"), help="image, video, text, motion, …")
+@click.option(
+    "--modality", metavar="M", shell_complete=words("modalities"), help="image, video, text, motion, …"
+)
 @click.option(
     "--needs", metavar="SIGNAL", shell_complete=words("needs"), help="Those that need this signal or column."
 )
-@click.option("--provides", metavar="SIGNAL", shell_complete=words("provides"), help="Those that provide this signal.")
+@click.option(
+    "--provides", metavar="SIGNAL", shell_complete=words("provides"), help="Those that provide this signal."
+)
 @click.option(
     "--plugin", metavar="NAME", shell_complete=plugin_names(), help="Those of one plugin or distribution."
 )
@@ -122,7 +126,7 @@ def _entry(registry: Registry, info: ComponentInfo, problems: Mapping[tuple[str,
         ("domain", info.domain),
         ("backbone", info.backbone),
         ("parameters", ", ".join(f"{one.name}={one.default or '…'}" for one in info.parameters)),
-        ("paper", " ".join(filter(None, (plugin.title, f"({plugin.paper})" if plugin.paper else "")))),
+        ("paper", f"{plugin.title} ({plugin.paper})" if plugin.paper else plugin.title),
         ("plugin", f"{plugin.slug} ({plugin.module}), {plugin.source}, {plugin.origin}"),
         ("broken", problems.get(plugin.key, "")),
     ]
@@ -149,7 +153,8 @@ def _apart(plugins: Iterable[PluginInfo], problems: Mapping[tuple[str, str], str
             click.style("!", fg="red") if said else " ",
             click.style(plugin.slug, fg="red" if said else "cyan"),
             plugin.origin if plugin.source != "file" else shown(plugin.distribution),
-            said or f"not described: `maskwright describe {plugin.module}` imports it and prints what it offers",
+            said
+            or f"not described: `maskwright describe {plugin.module}` imports it and prints what it offers",
         )
     heading = click.style("Plugins with a note (see `maskwright doctor`)", bold=True)
     return "\n".join([heading, *table.lines(stretch=3, least=30, wrap=True)])
@@ -157,8 +162,8 @@ def _apart(plugins: Iterable[PluginInfo], problems: Mapping[tuple[str, str], str
 
 def _count(found: list[ComponentInfo], problems: Mapping[tuple[str, str], str]) -> str:
     own = sum(info.plugin.source == "built-in" for info in found)
-    broken = f", {len(problems)} cannot be used (!)" if problems else ""
     others = f", {len(found) - own} of others" if len(found) > own else ""
+    broken = f"; {counted(len(problems), 'plugin')} cannot be used (!)" if problems else ""
     return f"{own} built-in components{others}{broken}. `maskwright info NAME` tells more."
 
 
