@@ -32,18 +32,20 @@ def attention_rule(mask: Mask, length: int) -> AttentionMask | None:
     return AttentionMask.causal(length, device=mask.device) & visible | itself
 
 
-def predicted_tokens(mask: Mask, tokens: Tensor) -> Tensor:
-    """bool [B, L]: the tokens that are predicted, those that are visible and follow a visible one."""
-    keep = torch.ones_like(tokens, dtype=torch.bool) if isinstance(mask, AttentionMask) else mask.keep
-    return torch.nn.functional.pad(keep[:, 1:] & keep[:, :-1], (1, 0))
+def previous_visible(keep: Tensor) -> Tensor:
+    """The place of the last visible token before each place, -1 where there is none: bool [B, L] → int64 [B, L]."""
+    places = torch.arange(keep.shape[1], device=keep.device)
+    last = torch.where(keep, places, -1).cummax(1).values
+    return torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
 
 
 @attrs.frozen
 class NextToken:
     """The next token from those before it, in a causal language model.
 
-    A mask of tokens [B, L] says which exist: a hidden one is treated as padding, neither attended to nor predicted, and nothing
-    is predicted from its place. An attention rule (`AttentionMask`) is ANDed with causality and hides no token.
+    A mask of tokens [B, L] says which exist: a hidden one is neither attended to nor predicted nor counted in the positions, so
+    that the loss is the one of the sequence without it. An attention rule (`AttentionMask`) is ANDed with causality and hides
+    no token.
     """
 
     kind: ClassVar[str] = "objective"
@@ -84,9 +86,15 @@ class BoundNextToken(BoundObjective):
     ) -> Loss:
         """Mean cross-entropy in nats over the predicted tokens of the batch; exactly 0 when there are none."""
         tokens = batch["tokens"]
-        logits = self.backbone.logits(tokens, attention=attention_rule(mask, tokens.shape[1]))
-        prediction = torch.nn.functional.pad(logits[:, :-1], (0, 0, 1, 0))
-        predicted = predicted_tokens(mask, tokens)
+        rule = attention_rule(mask, tokens.shape[1])
+        hides = rule is not None and not isinstance(mask, AttentionMask)
+        keep = mask.keep if hides else torch.ones_like(tokens, dtype=torch.bool)
+        positions = (keep.cumsum(1) - 1).clamp(min=0) if hides else None
+        logits = self.backbone.logits(tokens, attention=rule, positions=positions)
+
+        source = previous_visible(keep)
+        predicted = keep & (source >= 0)
+        prediction = logits.gather(1, source.clamp(min=0)[..., None].expand_as(logits))
         prediction = torch.where(predicted[..., None], prediction, 0.0)
         each = torch.nn.functional.cross_entropy(prediction.flatten(0, 1), tokens.flatten(), reduction="none")
         loss = (each * predicted.flatten()).sum() / predicted.sum().clamp(min=1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from maskwright.plugins.baselines.autoregressive import Greedy, TopP, nucleus
-from maskwright.plugins.baselines.language import NextToken, attention_rule, predicted_tokens
+from maskwright.plugins.baselines.language import NextToken, attention_rule, previous_visible
 from scipy.stats import chisquare
 
 import maskwright
@@ -138,30 +138,43 @@ def test_the_future_never_reaches_a_prediction(make, implementation):
 
 
 @pytest.mark.parametrize(("make", "implementation"), causal_models())
-def test_hidden_tokens_at_the_ends_are_padding_to_transformers(make, implementation):
-    # Padding on the right for all; on the left for relative positions only (GPT-2 learns absolute ones).
+def test_it_is_the_loss_of_each_sequence_without_its_hidden_tokens(make, implementation):
     model, tokens = built(make, implementation), some_tokens()
-    sides = [torch.arange(12) < 8] + ([torch.arange(12) >= 4] if make is not gpt2 else [])
-    for side in sides:
-        keep = side.expand(3, 12)
-        loss = NextToken().bind(model)({"tokens": tokens}, Mask(keep)).total
-        labels = torch.where(keep, tokens, -100)
-        if not side[0]:
-            labels[:, 4] = -100  # its only predecessor is padding
-        own = model(input_ids=tokens, attention_mask=keep.long(), labels=labels).loss
-        alone = model(input_ids=tokens[:, side], labels=tokens[:, side]).loss
-        assert float(loss) == pytest.approx(float(own), rel=1e-4)
-        assert float(loss) == pytest.approx(float(alone), rel=1e-4)
+    keep = torch.rand(3, 12, generator=seeded(1)) < 0.6
+    loss = NextToken().bind(model)({"tokens": tokens}, Mask(keep))
+    total, count = 0.0, 0
+    for row in range(3):
+        left = tokens[row, keep[row]]
+        logits = model(input_ids=left[None]).logits[0]
+        for place in range(1, len(left)):
+            total -= logits[place - 1].log_softmax(-1)[left[place]].item()
+            count += 1
+    assert loss.total.item() == pytest.approx(total / count, rel=1e-4)
 
 
-def test_only_visible_tokens_after_visible_ones_are_predicted():
-    keep = torch.tensor([[True, True, False, True, True, False]])
+@pytest.mark.parametrize(("make", "implementation"), causal_models())
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_tokens_at_the_ends_are_padding_to_transformers(make, implementation, side):
+    model, tokens = built(make, implementation), some_tokens()
+    visible = torch.arange(12) < 8 if side == "right" else torch.arange(12) >= 4
+    keep = visible.expand(3, 12)
+    loss = NextToken().bind(model)({"tokens": tokens}, Mask(keep)).total
+    labels = torch.where(keep, tokens, -100)
+    if side == "left":
+        labels[:, 4] = -100  # its only predecessor is padding
+    positions = (keep.cumsum(1) - 1).clamp(min=0)
+    own = model(input_ids=tokens, attention_mask=keep.long(), position_ids=positions, labels=labels).loss
+    assert loss.item() == pytest.approx(own.item(), rel=1e-4)
+
+
+def test_each_visible_token_is_predicted_from_the_last_visible_one():
+    keep = torch.tensor([[False, True, True, False, False, True]])
+    assert previous_visible(keep).tolist() == [[-1, -1, 1, 2, 2, 2]]
     tokens = some_tokens(1, 6)
-    assert predicted_tokens(Mask(keep), tokens).tolist() == [[False, True, False, False, True, False]]
     loss = NextToken().bind(built(llama))({"tokens": tokens}, Mask(keep))
-    naive = [-float(loss.outputs["prediction"][0, i].log_softmax(-1)[tokens[0, i]].detach()) for i in (1, 4)]
-    assert float(loss.total) == pytest.approx(sum(naive) / 2, rel=1e-5)
-    assert not loss.outputs["prediction"][0, [0, 2, 3, 5]].any()
+    naive = [-loss.outputs["prediction"][0, i].log_softmax(-1)[tokens[0, i]].item() for i in (2, 5)]
+    assert loss.total.item() == pytest.approx(sum(naive) / 2, rel=1e-5)
+    assert not loss.outputs["prediction"][0, [0, 1, 3, 4]].any()
 
 
 def test_the_rule_is_causal_and_visible_or_itself():
@@ -181,7 +194,7 @@ def test_an_attention_rule_is_anded_with_causality():
     keep = window.keep & AttentionMask.causal(12).keep
     logits = model(input_ids=tokens, attention_mask=keep.expand(2, 1, 12, 12), use_cache=False).logits
     naive = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert float(loss.total) == pytest.approx(float(naive), rel=1e-5)
+    assert loss.total.item() == pytest.approx(naive.item(), rel=1e-5)
 
 
 def test_packed_sequences_are_as_if_alone():

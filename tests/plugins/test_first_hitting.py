@@ -157,7 +157,7 @@ def test_each_samples_loss_is_the_mean_over_its_hidden_tokens():
     keep = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1, 1]]).bool()
     loss = MaskedDiffusion().bind(model)({"tokens": tokens}, Mask(keep))
     shown = tokens.where(keep, torch.tensor(2))
-    logits = model(input_ids=shown).logits
+    logits = model(input_ids=shown).logits.detach()
     logits[..., 2] = -torch.inf
     each = []
     for row in range(3):
@@ -222,15 +222,15 @@ def test_it_trains_with_any_strategy_on_any_language_model(strategy, parameters,
         maskwright.create("objective", "masked-diffusion"),
     )
     optimizer = torch.optim.Adam(training.parameters(), lr=1e-2)
-    tokens = (torch.arange(8) + torch.arange(16)[:, None]) % 16 + 3
+    tokens = (torch.arange(16).view(2, 8) + 3).repeat(8, 1)
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         loss = training(tokens=tokens)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
-    assert sum(losses[-5:]) / 5 < 0.85 * sum(losses[:5]) / 5
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
 # -- hitting times ---------------------------------------------------------------------------------------------
@@ -635,11 +635,11 @@ def test_samplers_run_on_language_models(kind, sampler):
 
 
 def test_a_trained_denoiser_continues_what_it_learned():
-    model = masked_language_model(vocabulary=25, length=6, mask_token=24, **SMALL)
+    model = masked_language_model(vocabulary=25, length=6, mask_token=24, width=32, depth=2, heads=2)
     training = MaskedTraining(model, UniformCount(), MaskedDiffusion())
-    optimizer = torch.optim.Adam(training.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(training.parameters(), lr=1e-2)
     texts = torch.arange(24).view(4, 6)
-    for _ in range(150):
+    for _ in range(200):
         loss = training(tokens=texts.repeat(4, 1))["loss"]
         optimizer.zero_grad()
         loss.backward()
