@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -112,6 +113,16 @@ class PluginInfo:
     def owner(self) -> str:
         """What stands before the slash in the qualified names of its components."""
         return self.distribution if self.source in ("built-in", "third-party") else self.slug
+
+    @property
+    def paper_url(self) -> str:
+        """Where the paper is, from "arXiv:2407.13036", a DOI or an address; empty for anything else."""
+        paper = self.paper.strip()
+        if arxiv := re.fullmatch(r"(?:arxiv:)?(\d{4}\.\d{4,5})(v\d+)?", paper, re.IGNORECASE):
+            return f"https://arxiv.org/abs/{arxiv[1]}"
+        if doi := re.fullmatch(r"(?:doi:|https?://doi\.org/)?(10\.\S+)", paper, re.IGNORECASE):
+            return f"https://doi.org/{doi[1]}"
+        return paper if paper.startswith(("https://", "http://")) else ""
 
     @property
     def origin(self) -> str:
@@ -910,6 +921,16 @@ def plugin_folder(plugin: PluginInfo) -> Path | None:
     return module_folder(plugin.module)
 
 
+def recorded_claim(plugin: PluginInfo) -> dict[str, Any] | None:
+    """The claim.json in a plugin's folder, as `maskwright verify --record` writes it; None where there is none."""
+    try:
+        folder = plugin_folder(plugin)
+        claim = json.loads((folder / "claim.json").read_text("utf-8")) if folder else None
+    except (OSError, ValueError):
+        return None
+    return claim if isinstance(claim, dict) else None
+
+
 def describe_component(component: type, plugin: PluginInfo) -> ComponentInfo:
     """What a registry.toml should say of a component class, read from the class."""
 
@@ -1056,4 +1077,5 @@ __all__ = [
     "module_folder",
     "plugin_folder",
     "read_catalogue",
+    "recorded_claim",
 ]

@@ -13,7 +13,7 @@ import click
 from maskwright.cli import health
 from maskwright.cli.completion import component_names, plugin_names, words
 from maskwright.cli.session import Session, pass_session
-from maskwright.cli.tables import Table, shown
+from maskwright.cli.tables import Table, counted, shown
 
 if TYPE_CHECKING:
     from maskwright.registry import ComponentInfo, PluginInfo, Registry
@@ -127,7 +127,7 @@ def _entry(registry: Registry, info: ComponentInfo, problems: Mapping[tuple[str,
         ("domain", info.domain),
         ("backbone", info.backbone),
         ("parameters", ", ".join(f"{one.name}={one.default or '…'}" for one in info.parameters)),
-        ("paper", " ".join(filter(None, (plugin.title, f"({plugin.paper})" if plugin.paper else "")))),
+        ("paper", f"{plugin.title} ({plugin.paper})" if plugin.paper else plugin.title),
         ("plugin", f"{plugin.slug} ({plugin.module}), {plugin.source}, {plugin.origin}"),
         ("broken", problems.get(plugin.key, "")),
     ]
@@ -163,8 +163,8 @@ def _apart(plugins: Iterable[PluginInfo], problems: Mapping[tuple[str, str], str
 
 def _count(found: list[ComponentInfo], problems: Mapping[tuple[str, str], str]) -> str:
     own = sum(info.plugin.source == "built-in" for info in found)
-    broken = f", {len(problems)} cannot be used (!)" if problems else ""
     others = f", {len(found) - own} of others" if len(found) > own else ""
+    broken = f"; {counted(len(problems), 'plugin')} cannot be used (!)" if problems else ""
     return f"{own} built-in components{others}{broken}. `maskwright info NAME` tells more."
 
 
