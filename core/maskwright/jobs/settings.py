@@ -175,7 +175,7 @@ JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
 """Sections of each job, with their legal keys where these are not all that the section has."""
 
 _OPTIMISER: Table = {"weight_decay": 0.05, "betas": [0.9, 0.95], "warmup": 0.1, "clip": 1.0}
-_EVERY: Table = {"log_every": 10, "save_every": 100}
+_EVERY: Table = {"log_every": 1, "save_every": 100}
 
 DEFAULTS: dict[str, dict[str, Table]] = {
     "pretrain": {"run": {**_OPTIMISER, **_EVERY}, "objective": {"name": "mae"}},
