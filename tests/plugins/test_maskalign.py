@@ -158,8 +158,16 @@ def test_the_signal_is_the_class_tokens_mean_attention_to_the_patches():
 
 
 def teachers():
-    from transformers import BeitConfig, BeitModel, CLIPVisionConfig, CLIPVisionModel, DeiTConfig, DeiTModel
-    from transformers import Dinov2Config, Dinov2Model
+    from transformers import (
+        BeitConfig,
+        BeitModel,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        DeiTConfig,
+        DeiTModel,
+        Dinov2Config,
+        Dinov2Model,
+    )
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     sizes |= {"image_size": 28, "patch_size": 7}

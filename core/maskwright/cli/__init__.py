@@ -22,7 +22,10 @@ COMMANDS = {
     "uninstall": ("maskwright.cli.install:uninstall", "Remove plugins, and say what goes."),
     "new": ("maskwright.cli.new:new", "Write a new plugin: a whole distribution that works."),
     "check": ("maskwright.cli.check:check", "Run the conformance kit on a component or a plugin."),
-    "describe": ("maskwright.cli.describe:describe", "Print a plugin's registry.toml from what it registers."),
+    "describe": (
+        "maskwright.cli.describe:describe",
+        "Print a plugin's registry.toml from what it registers.",
+    ),
     "doctor": ("maskwright.cli.doctor:doctor", "Import every plugin on its own and say what is wrong."),
     "verify": ("maskwright.cli.verify:verify", "Measure the claims of the papers again."),
     "completion": ("maskwright.cli.completion:completion", "Print the completion script of a shell."),

@@ -32,11 +32,15 @@ HEADINGS = {
 )
 @click.argument("pattern", default="*", shell_complete=component_names())
 @click.option("--kind", type=click.Choice(list(HEADINGS)), help="Only this kind of component.")
-@click.option("--modality", metavar="M", shell_complete=words("modalities"), help="image, video, text, motion, …")
+@click.option(
+    "--modality", metavar="M", shell_complete=words("modalities"), help="image, video, text, motion, …"
+)
 @click.option(
     "--needs", metavar="SIGNAL", shell_complete=words("needs"), help="Those that need this signal or column."
 )
-@click.option("--provides", metavar="SIGNAL", shell_complete=words("provides"), help="Those that provide this signal.")
+@click.option(
+    "--provides", metavar="SIGNAL", shell_complete=words("provides"), help="Those that provide this signal."
+)
 @click.option(
     "--plugin", metavar="NAME", shell_complete=plugin_names(), help="Those of one plugin or distribution."
 )
@@ -149,7 +153,8 @@ def _apart(plugins: Iterable[PluginInfo], problems: Mapping[tuple[str, str], str
             click.style("!", fg="red") if said else " ",
             click.style(plugin.slug, fg="red" if said else "cyan"),
             plugin.origin if plugin.source != "file" else shown(plugin.distribution),
-            said or f"not described: `maskwright describe {plugin.module}` imports it and prints what it offers",
+            said
+            or f"not described: `maskwright describe {plugin.module}` imports it and prints what it offers",
         )
     heading = click.style("Plugins with a note (see `maskwright doctor`)", bold=True)
     return "\n".join([heading, *table.lines(stretch=3, least=30, wrap=True)])

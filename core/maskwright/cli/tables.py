@@ -58,12 +58,16 @@ class Table:
             parts = [text]
             if len(text) > widths[stretch]:
                 parts = (
-                    textwrap.wrap(text, widths[stretch]) if wrap else [text[: widths[stretch] - 1].rstrip() + "…"]
+                    textwrap.wrap(text, widths[stretch])
+                    if wrap
+                    else [text[: widths[stretch] - 1].rstrip() + "…"]
                 )
             for number, part in enumerate(parts):
                 cells = [part if at == stretch else cell if not number else "" for at, cell in enumerate(row)]
                 padded = [
-                    cell + " " * (size - len(click.unstyle(cell))) for cell, size in zip(cells, widths) if size
+                    cell + " " * (size - len(click.unstyle(cell)))
+                    for cell, size in zip(cells, widths)
+                    if size
                 ]
                 lines.append(self.indent + "  ".join(padded).rstrip())
         return lines
