@@ -222,7 +222,7 @@ def test_it_learns_under_other_masks_and_its_masks_need_its_signal():
         strategy = maskwright.create("mask-strategy", name)
         model = maskwright.MaskedTraining(vit, strategy, MaskAlign(teacher=teacher()))
         assert torch.isfinite(model(**batch())["loss"])
-    with pytest.raises(MissingSignal, match="'attention'.*maskalign"):
+    with pytest.raises(MissingSignal, match=r"'attention'.*maskalign"):
         maskwright.MaskedTraining(vit, Attentive(), maskwright.create("objective", "mae"))
 
 
