@@ -52,19 +52,20 @@ class VisionTeacher(nn.Module):
 
     def __init__(self, model: nn.Module | str | os.PathLike[str], *, normalization: str = "imagenet") -> None:
         super().__init__()
-        model = model if isinstance(model, nn.Module) else _read(Path(model))
-        model = getattr(model, "vision_model", model)
-        if not (hasattr(model, "config") and hasattr(model, "set_attn_implementation")):
+        given: Any = model if isinstance(model, nn.Module) else _read(Path(model))
+        tower: Any = getattr(given, "vision_model", given)
+        if not (hasattr(tower, "config") and hasattr(tower, "set_attn_implementation")):
             raise BackboneMismatch(
-                f"{type(model).__name__} cannot be a teacher: it must be a vision transformer of transformers, which reports "
+                f"{type(tower).__name__} cannot be a teacher: it must be a vision transformer of transformers, which reports "
                 "hidden states and attention (ViTModel, DeiTModel, BeitModel, Dinov2Model, CLIPVisionModel), or its folder."
             )
         # Only this implementation returns its attention.
-        model.set_attn_implementation("eager")
-        self.model = model.eval().requires_grad_(False)
-        self.patch_size = int(model.config.patch_size)
-        self.width = int(model.config.hidden_size)
-        self.depth = int(model.config.num_hidden_layers)
+        tower.set_attn_implementation("eager")
+        self.model = tower.eval().requires_grad_(False)
+        self.patch_size = int(tower.config.patch_size)
+        self.width = int(tower.config.hidden_size)
+        self.depth = int(tower.config.num_hidden_layers)
+        self.image_size = _size(tower.config.image_size)
         mean, deviation = NORMALIZATIONS[normalization]
         scale = [old / new for old, new in zip(IMAGENET[1], deviation)]
         shift = [(old - new) / by for old, new, by in zip(IMAGENET[0], mean, deviation)]
@@ -88,7 +89,7 @@ class VisionTeacher(nn.Module):
         if self.renormalizes:
             pixels = pixels * self.scale + self.shift
         told: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True}
-        if size != _size(self.model.config.image_size):
+        if size != self.image_size:
             told["interpolate_pos_encoding"] = True
         seen = self.model(pixel_values=pixels, **told)
         prefix = seen.hidden_states[0].shape[1] - grid[0] * grid[1]
