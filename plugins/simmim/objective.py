@@ -1,0 +1,119 @@
+"""Pixels of hidden patches, regressed by a one-layer head from an encoder that sees every position."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt
+from maskwright.errors import MaskShapeError
+from maskwright.toolkit.distributed import mean_over_processes
+from maskwright.toolkit.images import patchify
+
+EPSILON = 1e-5
+"""Added to the number of hidden pixels, so that an empty mask costs exactly nothing."""
+
+
+def replace_hidden(embeddings: Tensor, token: Tensor, hidden: Tensor) -> Tensor:
+    """x · (1 - w) + t · w: the token [D] in place of the embeddings [B, N, D] where `hidden` bool [B, N] (section 3.2).
+
+    Written as a choice, so that not even an infinite hidden pixel gets through.
+    """
+    return torch.where(hidden[..., None], token, embeddings)
+
+
+def hidden_l1(prediction: Tensor, target: Tensor, hidden: Tensor, count: Tensor | None = None) -> Tensor:
+    """Σ |x - x̂| · m / (Σ m + 1e-5) / C over the whole batch (equation 1, and the official code's constants).
+
+    `prediction`, `target` [B, C, H, W]; `hidden` bool [B, 1, H, W]. `count` stands for Σ m, the hidden pixels, when the
+    batch is only a part of the global one.
+    """
+    pixels = (hidden.sum() if count is None else count).to(target.dtype)
+    return ((prediction - target).abs() * hidden).sum() / (pixels + EPSILON) / target.shape[1]
+
+
+@attrs.frozen
+class SimMim:
+    """Raw pixels of hidden patches in L1, from a linear head on an encoder that sees a token where patches are hidden.
+
+    Xie et al., arXiv:2111.09886. The encoder runs on every position, so that any mask will do, with unequal counts too.
+    """
+
+    kind: ClassVar[str] = "objective"
+    name: ClassVar[str] = "simmim"
+    modalities: ClassVar[frozenset[str]] = frozenset({"image"})
+    needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    backbone: ClassVar[str] = "patch"
+    default_strategy: ClassVar[str] = "simmim-blocks"
+
+    def bind(self, backbone: nn.Module) -> BoundSimMim:
+        """A mask token and a head on a PatchBackbone (or a model that has an adapter)."""
+        return BoundSimMim(adapt(backbone, self.backbone))
+
+
+class BoundSimMim(BoundObjective):
+    """`encode`, `head` and `hidden_l1`, one after the other.
+
+    Outputs: `features`, the encoder's outputs at visible positions, [B, K, D], or [ΣK, D] where images keep unequal
+    numbers; `prediction` [B, N, p·p·C], every patch's predicted pixels in the order of `toolkit.images.patchify`;
+    `reconstruction` [B, C, H, W], the visible patches as they are and the predicted ones.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        # A plain vector: optimisers that spare vectors from weight decay spare it, as the official one does.
+        self.mask_token = nn.Parameter(torch.empty(backbone.width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        pixels = backbone.patch_size**2 * backbone.channels
+        self.head = nn.Sequential(nn.Conv2d(backbone.width, pixels, 1), nn.PixelShuffle(backbone.patch_size))
+
+    def encode(self, pixels: Tensor, hidden: Tensor) -> Tensor:
+        """[B, C, H, W], bool [B, N] → [B, N, D]: the encoder on every position, hidden ones replaced."""
+        tokens = self.backbone.patches(pixels)
+        if hidden.shape != tokens.shape[:2]:
+            raise MaskShapeError(
+                f"simmim: the mask has {list(hidden.shape)} positions (rows, N), the images {list(tokens.shape[:2])}; "
+                "draw it with Layout.of(backbone, batch)."
+            )
+        # Before the positions: a hidden patch still says where it is.
+        tokens = replace_hidden(tokens, self.mask_token, hidden) + self.backbone.positions
+        prefix = self.backbone.prefix(len(tokens))
+        return self.backbone.encode(torch.cat([prefix, tokens], dim=1))[:, prefix.shape[1] :]
+
+    def forward(
+        self,
+        batch: Batch,
+        mask: Mask,
+        *,
+        signals: Signals | None = None,
+        progress: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Loss:
+        """Mean absolute error of hidden pixels. Any mask [B, *grid]; one denominator for the global batch."""
+        pixels, keep = batch["pixels"], mask.flatten().keep
+        encoded = self.encode(pixels, ~keep)
+        predicted = self.head(encoded.transpose(1, 2).unflatten(2, tuple(self.backbone.grid)))
+        grid = Mask(keep.unflatten(1, tuple(self.backbone.grid)))
+        hidden = ~grid.upsample(tuple(pixels.shape[-2:])).keep[:, None]
+        count = mean_over_processes(hidden.sum()) if self.training else hidden.sum()
+        loss = hidden_l1(predicted, pixels, hidden, count)
+        outputs = {
+            "prediction": patchify(predicted, self.backbone.patch_size),
+            "features": visible(encoded, keep),
+            "reconstruction": torch.where(hidden, predicted, pixels).detach(),
+        }
+        return Loss(total=loss, parts={"pixels": loss}, outputs=outputs)
+
+
+def visible(encoded: Tensor, keep: Tensor) -> Tensor:
+    """[B, N, D] at the visible positions, bool [B, N]: [B, K, D], or [ΣK, D] where rows keep unequal numbers."""
+    counts = keep.sum(1)
+    chosen = encoded[keep]
+    return (
+        chosen.unflatten(0, (len(keep), -1)) if bool((counts == counts[0]).all()) and len(chosen) else chosen
+    )
