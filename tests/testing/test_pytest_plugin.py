@@ -137,7 +137,7 @@ def test_several_components_are_told_apart(run):
         "frozen",
     )
     result.stdout.fnmatch_lines(
-        ["*test_conforms[[]tube-component-is-frozen[]]*", "*test_conforms[[]random-component-is-frozen[]]*"]
+        ["*test_conforms[[]random-component-is-frozen[]]*", "*test_conforms[[]tube-component-is-frozen[]]*"]
     )
 
 

@@ -40,11 +40,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     where = metafunc.definition.nodeid
     if "check" not in metafunc.fixturenames:
         raise pytest.UsageError(f"{where} has the marker {MARKER} and no argument `check`; {_USE}.")
-    pairs = [
-        pytest.param(check, id=name if len(markers) == 1 else f"{owner}-{name}")
-        for marker in reversed(markers)
-        for owner, name, check in _checks(where, *marker.args, **marker.kwargs)
-    ]
+    found = [one for marker in reversed(markers) for one in _checks(where, *marker.args, **marker.kwargs)]
+    several = len({owner for owner, _, _ in found}) > 1
+    pairs = [pytest.param(check, id=f"{owner}-{name}" if several else name) for owner, name, check in found]
     metafunc.parametrize("check", pairs)
 
 
