@@ -108,8 +108,17 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._exit.close()
+        if isinstance(error, UsageError) and self.is_main and not self.resumed:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Remove the folder of a run that was asked for wrongly and so never began."""
+        for name in ("run.toml", "metrics.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _leave_group(self) -> None:
         if self._owns_group and dist.is_available() and dist.is_initialized():
@@ -248,6 +257,15 @@ class Run:
                 self._shown.numbers = values
             if self._observers:
                 self._observers.tell("maskwright_step_ended", run=self.info, metrics=line)
+
+    def recent(self, name: str) -> float | None:
+        """The mean of a metric over the last twentieth of its lines, in the main process; None where there is none."""
+        if not self.is_main:
+            return None
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_bytes().splitlines())
+        values = [line[name] for line in lines if name in line]
+        last = values[-max(len(values) // 20, 1) :]
+        return sum(last) / len(last) if last else None
 
     def check_finite(self, value: float, name: str, step: Step) -> None:
         """Raise `NumericalError` when a number of a step is not finite."""
