@@ -309,7 +309,7 @@ class Run:
             return Result(self.folder, told, None)
         if model is not None:
             with self._writing(self.folder / "model"), _whole_folder(self.folder / "model") as temporary:
-                _save_model(self.accelerator.unwrap_model(model), temporary)
+                _save_model(model, temporary)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
                 for name, text in (files or {}).items():
@@ -661,6 +661,7 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _save_model(model: Any, folder: Path) -> None:
+    model = getattr(model, "module", model)  # the model inside DistributedDataParallel
     if not hasattr(model, "save_pretrained"):
         from safetensors.torch import save_model
 
