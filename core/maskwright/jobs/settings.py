@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 from maskwright.errors import BadParameter, BadRunFile, did_you_mean
-from maskwright.registry import Registry, default
+from maskwright.registry import Registry, check_fit, default
 from maskwright.settings import setting
 
 Table = dict[str, Any]
@@ -274,6 +274,25 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
         decoder = {key: value for key, value in _SMALL_DECODER.items() if key in parameters}
         tables = _merge(tables, {"objective": {"name": name, **decoder}})
     return tables
+
+
+def check(settings: Settings, registry: Registry | None = None) -> None:
+    """Make every component and the budget once, so that a mistake is found before anything is written or trained.
+
+    Raises what `Registry.create` raises, `MissingSignal` for a strategy and an objective that do not fit, `BadBudget`.
+    """
+    registry = registry or default()
+    made = {
+        name: section.create(registry)
+        for name in COMPONENTS
+        if (section := getattr(settings, name)) is not None
+    }
+    if "strategy" in made and "objective" in made:
+        check_fit(made["strategy"], made["objective"], catalogue=registry)
+    if settings.budget is not None:
+        from maskwright.protocols import Budget
+
+        Budget(**settings.budget)
 
 
 def nested(overrides: Mapping[str, Any]) -> dict[str, Table]:
