@@ -301,10 +301,15 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def _deep(old: Any, new: Any) -> Any:
-    """Two values of one key: tables are merged all the way down, of anything else the later one counts."""
+    """Two values of one key: tables are merged all the way down, of anything else the later one counts.
+
+    A table that names another component takes nothing from the one it replaces.
+    """
     if not isinstance(new, Mapping):
         return new
     merged = dict(old) if isinstance(old, Mapping) else {}
+    if "name" in merged and new.get("name", merged["name"]) != merged["name"]:
+        merged = {}
     for key, value in new.items():
         merged[key] = _deep(merged.get(key), value)
     return merged
@@ -326,12 +331,7 @@ def _read(path: Path) -> dict[str, Table]:
 def _merge(weak: Mapping[str, Table], strong: Mapping[str, Table]) -> dict[str, Table]:
     merged = {name: dict(table) for name, table in weak.items()}
     for name, table in strong.items():
-        old = merged.get(name, {})
-        if name == "budget" and table:
-            old = {}
-        if name in COMPONENTS and table.get("name", old.get("name")) != old.get("name"):
-            old = {}
-        merged[name] = {**old, **table}
+        merged[name] = dict(table) if name == "budget" and table else _deep(merged.get(name), table)
     return merged
 
 
