@@ -38,6 +38,14 @@ class RegistryFileError(UsageError):
     """A registry.toml cannot be read: syntax error, unknown key, missing or repeated entry."""
 
 
+class BadRequirement(UsageError, ValueError):
+    """What is to be installed or removed is no package, no path, or not a plugin."""
+
+
+class BadName(UsageError, ValueError):
+    """A name is not legal for a new plugin, or it is taken."""
+
+
 class MissingSignal(UsageError):
     """A strategy needs a signal that the chosen objective does not provide."""
 
@@ -86,12 +94,22 @@ class PluginLoadError(MaskwrightError, ImportError):
     """A plugin could not be imported, or registers something else than it describes."""
 
 
+class InstallError(MaskwrightError):
+    """The environment could not be changed: no installer, not writable, managed by the system, or the installer failed."""
+
+
 class OutputError(MaskwrightError, OSError):
     """The output folder cannot be written."""
 
 
 class CheckpointError(MaskwrightError):
     """A checkpoint is missing, damaged, of another run, or not safetensors."""
+
+
+class Interrupted(MaskwrightError):
+    """The user, or the machine, stopped the run. The exit code is what a shell gives a program that Ctrl-C ended."""
+
+    exit_code = 130
 
 
 class NumericalError(MaskwrightError, ArithmeticError):

@@ -36,6 +36,11 @@ class MaskedAutoencoder:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset()
     backbone: ClassVar[str] = "patch"
+    example_parameters: ClassVar[dict[str, int]] = {
+        "decoder_width": 16,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    }
 
     # The code's flag --norm_pix_loss is off by default; its published recipe and the paper's best results have it on.
     norm_pix: bool = setting(True, "predict pixels normalised within each patch")

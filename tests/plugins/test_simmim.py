@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from maskwright.plugins.simmim.claim import CLAIM, decide, distance_of, mean_distance
-from maskwright.plugins.simmim.masks import SimMimBlocks, hidden_count, suited_mask_patch
-from maskwright.plugins.simmim.objective import SimMim, hidden_l1, replace_hidden, visible
 
 import maskwright
 from maskwright import Layout, Mask
 from maskwright.backbones.defaults import vision_transformer
 from maskwright.errors import BackboneMismatch, BadParameter, MaskShapeError, UnsupportedLayout
+from maskwright.plugins.simmim.claim import CLAIM, decide, distance_of, mean_distance
+from maskwright.plugins.simmim.masks import SimMimBlocks, hidden_count, suited_mask_patch
+from maskwright.plugins.simmim.objective import SimMim, hidden_l1, replace_hidden, visible
 from maskwright.testing import conformance
 from maskwright.toolkit.images import patchify
 

@@ -102,6 +102,20 @@ def vision_transformer(
     return _seeded(lambda: ViTModel(config, add_pooling_layer=False), seed)
 
 
+def convolutional_network(*, channels: int = 3, width: int = 32, depth: int = 2, seed: int = 0) -> Any:
+    """A `ResNetModel` of basic blocks with three stages of widths 1, 2 and 4 × `width`, whose features lie 16 pixels apart."""
+    from transformers import ResNetConfig, ResNetModel
+
+    config = ResNetConfig(
+        num_channels=channels,
+        embedding_size=width,
+        hidden_sizes=[width, 2 * width, 4 * width],
+        depths=[depth] * 3,
+        layer_type="basic",
+    )
+    return _seeded(lambda: ResNetModel(config), seed)
+
+
 def _seeded(make: Callable[[], Any], seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

@@ -27,6 +27,9 @@ SMALLEST_VOCABULARY = 256 + 3
 _HELD_OUT = 10
 """One document in ten, or the last tenth of a text that has few documents, is kept from training."""
 
+_ORDER = 0x6F72646572
+"""Added to the seed for the order of an epoch, which must not follow the moves of its sequences."""
+
 _NO_PROSE = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
 )
@@ -54,6 +57,11 @@ class TextSource:
 
     def __len__(self) -> int:
         return len(self.ids) // self.length
+
+    def order(self, epoch: int) -> Tensor:
+        """The sequences of an epoch in training order, int64 [len(source)]: a pure function of (seed, epoch)."""
+        mixed = _hash(self.seed + _ORDER, epoch, np.arange(len(self)))
+        return torch.from_numpy(np.argsort(mixed, kind="stable"))
 
     def batch(self, indices: Sequence[int] | Tensor, epoch: int = 0) -> dict[str, Tensor]:
         """{"tokens": int64 [B, L]}. Indices outside [0, len) raise IndexError."""

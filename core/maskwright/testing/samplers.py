@@ -1,7 +1,472 @@
-"""The rules of samplers."""
+"""The rules of samplers.
+
+What a sampler class may say about its examples, all optional class attributes:
+
+- `example_parameters`: parameters with which the kit makes it
+- `example_denoiser(seed) -> callable`, `example_request(rows, seed) -> request`: static methods, for domains whose values
+  are no tokens ("continuous", "pointer"); the rules about tokens are left out for these
+- `exempt`: rules that the method must break, with the reason
+"""
 
 from __future__ import annotations
 
-from maskwright.testing.rules import Rule, check_component_is_frozen
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
 
-RULES: tuple[Rule, ...] = (check_component_is_frozen,)
+import attrs
+import hypothesis.strategies as st
+import torch
+from torch import Tensor
+
+from maskwright.errors import MaskwrightError
+from maskwright.mask import Mask
+from maskwright.protocols import SampleRequest, Samples
+from maskwright.testing.rules import (
+    Rule,
+    check_component_is_frozen,
+    global_generators,
+    not_tried,
+    require,
+    require_untouched,
+    rule,
+    unwanted,
+)
+from maskwright.testing.strategies import seeds
+
+KIND = "sampler"
+CLASSES = 8
+"""Logits that the kit's denoiser gives at each position."""
+
+_LIKES_MASKS = 5.0
+_CERTAIN = 100.0
+
+
+@attrs.frozen
+class Sampling:
+    """One call of a sampler.
+
+    `prompt` is "empty", "some" (any places), "first" (one token), "prefix" (as many in each row), "uneven" (prefixes) or
+    "full". A `mask_token` of 8 has no logit.
+    """
+
+    rows: int = 2
+    length: int = 8
+    prompt: str = "empty"
+    mask_token: int = 7
+    steps: int | None = None
+    timed: bool = False
+    seed: int = 0
+
+    def tokens(self, seed: int | None = None) -> Tensor:
+        """int64 [rows, length]; `seed` gives other tokens at the same places."""
+        places = torch.Generator().manual_seed(self.seed)
+        content = torch.Generator().manual_seed(self.seed + 1 if seed is None else seed)
+        tokens = torch.randint(0, CLASSES - 1, (self.rows, self.length), generator=content)
+        tokens += tokens >= self.mask_token
+        here = torch.arange(self.length)
+        uneven = torch.randint(1, self.length, (self.rows, 1), generator=places)
+        fixed = {
+            "empty": here < 0,
+            "first": here < 1,
+            "prefix": here < uneven[0],
+            "uneven": here < uneven,
+            "full": here >= 0,
+            "some": torch.rand(self.rows, self.length, generator=places) < 0.4,
+        }[self.prompt]
+        return torch.where(fixed, tokens, self.mask_token)
+
+    def request(self, tokens: Tensor | None = None, seed: int | None = None) -> SampleRequest:
+        """The request, with a generator of its own."""
+        return SampleRequest(
+            tokens=self.tokens() if tokens is None else tokens,
+            mask_token=self.mask_token,
+            generator=torch.Generator().manual_seed(self.seed if seed is None else seed),
+            steps=self.steps,
+            time_conditioned=self.timed,
+        )
+
+
+PROMPTS = {"discrete": ("empty", "some", "first"), "autoregressive": ("first", "prefix", "uneven")}
+"""The prompts of each domain of tokens that leave something to sample."""
+
+
+def samplings(
+    component: Any, *, prompts: tuple[str, ...] = (), least: int = 1
+) -> st.SearchStrategy[Sampling]:
+    """Calls of a sampler with prompts of its domain (only `prompts`, where given), and at least `least` rows."""
+    kinds = PROMPTS.get(component.domain, ("empty",))
+    return st.builds(
+        Sampling,
+        rows=st.integers(least, least + 2),
+        length=st.integers(3, 9),
+        prompt=st.sampled_from([kind for kind in kinds if kind in prompts] or prompts or kinds),
+        mask_token=st.sampled_from((CLASSES - 1, 0, CLASSES)),
+        steps=st.sampled_from((None, 3, 1, 9, 20)),
+        timed=st.booleans(),
+        seed=seeds,
+    )
+
+
+class Table:
+    """A denoiser: logits [B, L, 8] from random tables, which depend on the other tokens of the row and on the position.
+
+    It likes the mask token better than any other, where that has a logit. In the autoregressive domain only the tokens before
+    a position count. With `target` [B, L] it is certain of those tokens instead.
+    """
+
+    def __init__(self, example: Sampling, *, causal: bool, target: Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(example.seed + 2)
+        self.content = torch.randn(CLASSES + 1, CLASSES, generator=generator)
+        self.place = torch.randn(example.length, CLASSES, generator=generator)
+        self.example, self.causal, self.target = example, causal, target
+
+    def __call__(self, tokens: Tensor, time: Tensor | None = None) -> Tensor:
+        seen = self.content[tokens]
+        before = seen.cumsum(1) - seen
+        context = before if self.causal else before + 0.5 * (seen.sum(1, keepdim=True) - before - seen)
+        logits = torch.tanh(context) * 2 + self.place[: tokens.shape[1]]
+        if self.target is not None:
+            certain = torch.nn.functional.one_hot(self.target[:, : tokens.shape[1]], CLASSES)
+            return _CERTAIN * certain.float()
+        if self.example.mask_token < CLASSES:
+            logits[..., self.example.mask_token] = _LIKES_MASKS
+        return logits
+
+
+class Watched:
+    """A denoiser whose calls are written down: the tokens it was given, and the times."""
+
+    def __init__(self, denoiser: Callable[..., Any]) -> None:
+        self.denoiser = denoiser
+        self.given: list[Any] = []
+        self.times: list[Any] = []
+
+    def __call__(self, x: Any, *others: Any, **named: Any) -> Any:
+        self.given.append(x.clone() if isinstance(x, Tensor) else x)
+        self.times.append(named.get("time"))
+        return self.denoiser(x, *others, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.denoiser, name)
+
+
+@attrs.frozen(eq=False)
+class Outcome:
+    """What a sampler made of a request."""
+
+    request: Any
+    samples: Samples
+    denoiser: Watched
+
+    @property
+    def prompt(self) -> Mask:
+        """What the prompt fixed."""
+        return self.request.prompt
+
+
+def sampled(component: Any, example: Sampling, request: Any = None, target: Tensor | None = None) -> Outcome:
+    """Run the sampler on an example; what it raises is raised."""
+    if hasattr(component, "example_request"):
+        request = component.example_request(example.rows, example.seed) if request is None else request
+        denoiser = component.example_denoiser(example.seed)
+    else:
+        request = example.request() if request is None else request
+        denoiser = Table(example, causal=component.domain == "autoregressive", target=target)
+    watched = Watched(denoiser)
+    return Outcome(request, component.sample(watched, request), watched)
+
+
+def ready(component: Any, example: Sampling, **other: Any) -> Outcome:
+    """As `sampled`; the example is left out when there is no outcome: another rule says why."""
+    outcome = None
+    try:
+        outcome = sampled(component, example, **other)
+    except Exception:
+        unwanted(True)
+    unwanted(outcome is None or not isinstance(outcome.samples.values, Tensor))
+    assert outcome is not None
+    return outcome
+
+
+def _readable(component: Any, example: Sampling, **other: Any) -> Outcome:
+    """As `ready`, with values of the right shape."""
+    outcome = ready(component, example, **other)
+    unwanted(outcome.samples.values.shape != outcome.request.tokens.shape)
+    return outcome
+
+
+def _of_tokens(component: Any) -> bool:
+    return component.domain in PROMPTS and not hasattr(component, "example_request")
+
+
+def _tried(component: Any) -> bool:
+    return _of_tokens(component) or hasattr(component, "example_request")
+
+
+# -- every domain --------------------------------------------------------------------------------------------
+
+
+@rule(KIND, cases=samplings)
+def check_requests_are_answered(component: Any, example: Sampling) -> None:
+    """`sample` returns `Samples`: as many rows as were asked for, finite. It may refuse an odd prompt in its own words.
+
+    For tokens the values are int64 [B, L].
+    """
+    if not _tried(component):
+        not_tried(
+            f"the kit has no {component.domain!r} denoiser: give the class `example_denoiser` and `example_request`"
+        )
+    try:
+        outcome = sampled(component, example)
+    except MaskwrightError as refusal:
+        ordinary = example.prompt in ("empty", "some", "prefix") or not _of_tokens(component)
+        require(not ordinary, f"an ordinary request was refused: {refusal}")
+        return
+    samples = outcome.samples
+    require(isinstance(samples, Samples), f"sample returned a {type(samples).__name__}, not Samples.")
+    values = samples.values
+    require(isinstance(values, Tensor), f"the values are a {type(values).__name__}, not a tensor.")
+    if _of_tokens(component):
+        shape, wanted = list(values.shape), list(outcome.request.tokens.shape)
+        require(values.dtype == torch.int64, f"the values are {values.dtype}, not int64.", outcome.prompt)
+        require(shape == wanted, f"the values are {shape}, not {wanted}.", outcome.prompt)
+    else:
+        require(values.isfinite().all(), "some values are not finite.")
+
+
+@rule(KIND, cases=samplings, applies=_tried)
+def check_evaluations_are_the_calls(component: Any, example: Sampling) -> None:
+    """`evaluations` is the number of times that the denoiser was called."""
+    outcome = ready(component, example)
+    said, counted = outcome.samples.evaluations, len(outcome.denoiser.given)
+    require(said == counted, f"`evaluations` says {said}, the denoiser was called {counted} times.")
+
+
+@rule(KIND, cases=samplings, applies=_tried)
+def check_same_generator_same_samples(component: Any, example: Sampling) -> None:
+    """The generator's state decides: the same samples again, whatever was drawn in between."""
+    first = ready(component, example).samples
+    ready(component, attrs.evolve(example, seed=example.seed + 1))
+    second = ready(component, example).samples
+    same = first.values.shape == second.values.shape and torch.equal(first.values, second.values)
+    require(same, f"the same generator state gave {_spelled(first.values)}, then {_spelled(second.values)}.")
+
+
+@rule(KIND, cases=samplings, applies=_tried)
+def check_global_random_state_is_untouched(component: Any, example: Sampling) -> None:
+    """Sampling moves no global generator: torch's, numpy's or Python's."""
+    before = global_generators()
+    ready(component, example)
+    require_untouched(before, "sample")
+
+
+@rule(KIND, cases=samplings, applies=_tried)
+def check_request_is_left_alone(component: Any, example: Sampling) -> None:
+    """The tensors of the request are not written to."""
+    request = ready(component, example).request
+    tensors = {name: value for name, value in _fields(request).items() if isinstance(value, Tensor)}
+    before = copy.deepcopy(tensors)
+    ready(component, example, request=_with_generator(request, example.seed))
+    changed = [name for name, value in tensors.items() if not torch.equal(value, before[name])]
+    require(not changed, f"it changed the request's {', '.join(changed)}; work on a copy.")
+
+
+def _fields(request: Any) -> dict[str, Any]:
+    return attrs.asdict(request, recurse=False) if attrs.has(type(request)) else dict(vars(request))
+
+
+def _with_generator(request: Any, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return attrs.evolve(request, generator=generator) if attrs.has(type(request)) else request
+
+
+# -- tokens --------------------------------------------------------------------------------------------------
+
+
+@rule(KIND, cases=samplings, applies=_of_tokens)
+def check_prompt_is_kept(component: Any, example: Sampling) -> None:
+    """The tokens of the prompt come back as they were."""
+    outcome = _readable(component, example)
+    tokens, values = outcome.request.tokens, outcome.samples.values
+    kept = torch.where(outcome.prompt.keep, values == tokens, True)
+    require(kept.all(), f"the prompt {_spelled(tokens)} became {_spelled(values)}.", outcome.prompt)
+
+
+@rule(KIND, cases=samplings, applies=_of_tokens)
+def check_no_mask_token_is_left(component: Any, example: Sampling) -> None:
+    """Every masked position is filled, even where the denoiser likes the mask token best."""
+    outcome = _readable(component, example)
+    left = outcome.samples.values == example.mask_token
+    require(
+        not left.any(),
+        f"{int(left.sum())} mask tokens ({example.mask_token}) are left in {_spelled(outcome.samples.values)}.",
+        outcome.prompt,
+    )
+
+
+@rule(KIND, cases=samplings, applies=_of_tokens)
+def check_values_are_in_the_vocabulary(component: Any, example: Sampling) -> None:
+    """Every value that was sampled is a token that has a logit."""
+    outcome = _readable(component, example)
+    values = outcome.samples.values
+    # The mask token and the prompt are what other rules are about.
+    outside = ((values < 0) | (values >= CLASSES)) & ~outcome.prompt.keep & (values != example.mask_token)
+    require(not outside.any(), f"tokens are 0 to {CLASSES - 1}, got {_spelled(values)}.", outcome.prompt)
+
+
+@rule(KIND, cases=samplings, applies=_of_tokens)
+def check_order_is_true(component: Any, example: Sampling) -> None:
+    """`order`, where given, is -1 at the prompt, 0 or more elsewhere, and in keeping with what the denoiser was shown."""
+    outcome = ready(component, example)
+    order = outcome.samples.order
+    if order is None:
+        not_tried("the sampler gives no order")
+    prompt, tokens = outcome.prompt, outcome.request.tokens
+    shape = list(order.shape)
+    require(shape == list(tokens.shape), f"the order is {shape}, not {list(tokens.shape)}.", prompt)
+    require(order.dtype == torch.int64, f"the order is {order.dtype}, not int64.", prompt)
+    fits = torch.where(prompt.keep, order == -1, order >= 0)
+    require(fits.all(), f"-1 is for the prompt, 0 or more for the rest; got {order.tolist()}.", prompt)
+    seen = _first_seen(outcome)
+    earlier = seen[:, :, None] < seen[:, None, :]
+    both = ~prompt.keep[:, :, None] & ~prompt.keep[:, None, :]
+    wrong = (earlier & both & (order[:, :, None] >= order[:, None, :])).nonzero()
+    if len(wrong):
+        row, first, second = wrong[0].tolist()
+        require(
+            False,
+            f"in row {row} the denoiser saw position {first} filled before {second}, but the order says "
+            f"{order[row].tolist()}.",
+            prompt,
+        )
+
+
+def _first_seen(outcome: Outcome) -> Tensor:
+    """int64 [B, L]: the first call from which on a position was filled in what the denoiser was given."""
+    request = outcome.request
+    calls = len(outcome.denoiser.given)
+    seen = torch.full(request.tokens.shape, calls)
+    for call in reversed(range(calls)):
+        given = outcome.denoiser.given[call]
+        if not isinstance(given, Tensor) or given.shape[0] != len(seen) or given.shape[1] > seen.shape[1]:
+            continue
+        filled = torch.zeros_like(seen, dtype=torch.bool)
+        filled[:, : given.shape[1]] = given != request.mask_token
+        seen = torch.where(filled & (seen == call + 1), call, seen)
+    return seen
+
+
+def _prompted(component: Any) -> Any:
+    return samplings(component, prompts=("some", "first", "prefix", "uneven"), least=2)
+
+
+@rule(KIND, cases=_prompted, applies=_of_tokens)
+def check_rows_are_independent(component: Any, example: Sampling) -> None:
+    """A row's values depend on its own prompt only, and rows are not copies of one random row."""
+    before = _readable(component, example)
+    tokens = before.request.tokens
+    row = example.seed % example.rows
+    mixed = example.tokens(example.seed + 1000)
+    mixed[row] = tokens[row]
+    after = _readable(component, example, request=example.request(mixed))
+    one, two = before.samples.values[row], after.samples.values[row]
+    require(
+        torch.equal(one, two),
+        f"row {row} was {one.tolist()}, and {two.tolist()} when the prompts of the other rows changed.",
+        before.prompt,
+    )
+    alike = tokens[:1].expand_as(tokens).contiguous()
+    several = [
+        _readable(component, example, request=example.request(alike, example.seed + again)).samples.values
+        for again in range(8)
+    ]
+    random = any(not torch.equal(several[0], other) for other in several[1:])
+    copies = all(bool((one == one[:1]).all()) for one in several)
+    require(not (random and copies), "all rows are copies of one random row.", before.prompt)
+
+
+@rule(KIND, cases=samplings, applies=_of_tokens)
+def check_what_is_certain_is_sampled(component: Any, example: Sampling) -> None:
+    """Where the denoiser is certain of a token, that token is sampled."""
+    target = torch.randint(
+        0, CLASSES - 1, (example.rows, example.length), generator=torch.Generator().manual_seed(example.seed)
+    )
+    target += target >= example.mask_token
+    outcome = _readable(component, example, target=target)
+    values, hidden = outcome.samples.values, ~outcome.prompt.keep
+    # Mask tokens that are left are what another rule is about.
+    wrong = hidden & (values != target) & (values != example.mask_token)
+    require(
+        not wrong.any(),
+        f"certain were {_spelled(target)}, sampled were {_spelled(values)}.",
+        outcome.prompt,
+    )
+
+
+def _full(component: Any) -> Any:
+    return samplings(component, prompts=("full",))
+
+
+@rule(KIND, cases=_full, examples=10, applies=_of_tokens)
+def check_full_prompts_come_back(component: Any, example: Sampling) -> None:
+    """A request with nothing to sample is answered with its prompt, and no error."""
+    unwanted(not _answers(component, attrs.evolve(example, prompt=PROMPTS[component.domain][0])))
+    outcome = sampled(component, example)
+    unwanted(outcome.samples.values.shape != outcome.request.tokens.shape)
+    same = torch.equal(outcome.samples.values, outcome.request.tokens)
+    require(same, f"{_spelled(outcome.request.tokens)} became {_spelled(outcome.samples.values)}.")
+
+
+def _answers(component: Any, example: Sampling) -> bool:
+    try:
+        return isinstance(sampled(component, example).samples.values, Tensor)
+    except Exception:
+        return False
+
+
+@rule(KIND, cases=samplings, applies=_of_tokens)
+def check_time_is_given_when_asked_for(component: Any, example: Sampling) -> None:
+    """A time-conditioned denoiser is given `time` [B] in [0, 1], never rising; any other is given none."""
+    times = ready(component, example).denoiser.times
+    if not example.timed:
+        require(all(time is None for time in times), "`time` was given to a denoiser that wants none.")
+        return
+    last = torch.full((example.rows,), math.inf)
+    for time in times:
+        fits = isinstance(time, Tensor) and list(time.shape) == [example.rows]
+        require(fits, f"`time` must be a tensor [{example.rows}], got {_shape(time)}.")
+        assert isinstance(time, Tensor)
+        inside = bool(((time >= 0) & (time <= 1)).all())
+        require(inside, f"time {time.tolist()} is not in [0, 1].")
+        require((time <= last).all(), f"time rose from {last.tolist()} to {time.tolist()}.")
+        last = time
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else repr(value)
+
+
+def _spelled(tokens: Tensor) -> str:
+    """The first rows as text."""
+    rows = tokens[:3].tolist() if tokens.ndim else [tokens.item()]
+    return ", ".join(map(str, rows)) + (" …" if tokens.ndim and len(tokens) > 3 else "")
+
+
+RULES: tuple[Rule, ...] = (
+    check_requests_are_answered,
+    check_evaluations_are_the_calls,
+    check_same_generator_same_samples,
+    check_global_random_state_is_untouched,
+    check_request_is_left_alone,
+    check_prompt_is_kept,
+    check_no_mask_token_is_left,
+    check_values_are_in_the_vocabulary,
+    check_order_is_true,
+    check_rows_are_independent,
+    check_what_is_certain_is_sampled,
+    check_full_prompts_come_back,
+    check_time_is_given_when_asked_for,
+    check_component_is_frozen,
+)

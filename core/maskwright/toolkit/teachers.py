@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,7 +12,12 @@ from torch import nn
 def teacher_of(student: nn.Module) -> nn.Module:
     """A copy that takes no gradient and stays in evaluation mode."""
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    teacher.train = lambda mode=True: teacher  # type: ignore[method-assign]
+    # Not a lambda: a copy of the teacher must hold itself, and be picklable.
+    teacher.train = partial(_stay, teacher)  # type: ignore[method-assign]
+    return teacher
+
+
+def _stay(teacher: nn.Module, mode: bool = True) -> nn.Module:
     return teacher
 
 

@@ -1,0 +1,358 @@
+"""`maskwright pretrain`: any strategy × any objective, on images or text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from maskwright.backbones import ConvBackbone, PatchBackbone, TokenBackbone
+from maskwright.errors import BackboneMismatch, UsageError
+from maskwright.jobs import models
+from maskwright.jobs.batches import Batches
+from maskwright.jobs.probes import knn_accuracy, linear_accuracy
+from maskwright.jobs.run import Result, Run
+from maskwright.jobs.settings import Settings, resolve
+from maskwright.jobs.training import MaskedTraining
+from maskwright.mask import AttentionMask
+from maskwright.protocols import MaskStrategy, Objective, Step
+from maskwright.registry import check_fit
+from maskwright.sources.images import ImageSource, load_images
+from maskwright.sources.text import TextSource, load_text
+
+HELD_OUT = 512
+"""Held-out samples that the loss is measured on, at most."""
+
+PROBED = 2000
+"""Training images that the probes learn from, at most."""
+
+PICTURES = 8
+
+EMBEDDED_STEPS = 240
+"""Steps of the embedded language model that other jobs begin with: about a minute on two cores."""
+
+
+@attrs.frozen(eq=False)
+class Trained:
+    """What the loop leaves: the module that was trained, the model inside (as transformers saves it), and the data."""
+
+    module: MaskedTraining
+    network: nn.Module
+    source: ImageSource | TextSource
+    last: Mapping[str, float]
+
+
+def pretrain(run: Run) -> Result:
+    """Train, measure on held-out data, and leave a model folder and a report."""
+    return conclude(run, train(run))
+
+
+def embedded_language_model(run: Run, *, objective: str = "next-token") -> Trained:
+    """The small language model that a job without a model works on: pretrained in the run's folder `base/`, or found there.
+
+    `objective` decides its kind. The run's own [model] and [data] sections set its sizes and text. It is in evaluation mode
+    on the run's device, and the same for the same seed.
+    """
+    given = run.settings
+    sections = given.as_dict()
+    settings = resolve(
+        "pretrain",
+        None,
+        {
+            "objective": {"name": objective},
+            "run": {"seed": given.run.seed, "steps": EMBEDDED_STEPS},
+            "model": sections["model"],
+            "data": sections["data"],
+        },
+        registry=run.registry,
+    )
+    run.say(f"Training the embedded language model ({objective}) in {run.folder / 'base'}")
+    with run.part("base", settings) as base:
+        trained = train(base)
+        if not (base.folder / "summary.json").exists():
+            conclude(base, trained)
+    trained.network.eval()
+    return trained
+
+
+# -- setting up ----------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> Trained:
+    """The loop: batches, masks, loss, AdamW with warm-up and a cosine."""
+    settings = run.settings
+    strategy: MaskStrategy = settings.require("strategy").create(run.registry)
+    objective: Objective = settings.require("objective").create(run.registry)
+    source = data(settings, objective)
+    check_fit(strategy, objective, source.columns, catalogue=run.registry)
+    total, size = settings.run.steps or 1, settings.run.batch_size or 1
+    betas = settings.run.betas or (0.9, 0.999)
+    if size % run.processes:
+        raise UsageError(
+            f"run.batch_size={size} is over all processes and must be a multiple of their number, {run.processes}."
+        )
+    network = model(settings, objective, source)
+    # Decoders and heads are initialised from the global generator, which belongs to the run.
+    torch.manual_seed(run.seed)
+    module = MaskedTraining(network, strategy, objective, seed=run.seed, total_steps=total)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, settings.run.weight_decay or 0.0),
+        lr=settings.run.lr or 1e-3,
+        betas=(betas[0], betas[1]),
+        fused=True,
+    )
+    module.to(run.device)
+    module.train()
+    with Batches(source, size, process=run.accelerator.process_index, processes=run.processes) as batches:
+        if torch.distributed.is_initialized():
+            _set_up_distribution(run, module, batches)
+        wrapped, optimizer = run.accelerator.prepare(module, optimizer)
+        module.mask_drawn = run.mask_drawn
+        last: dict[str, float] = {}
+        for step in run.steps(total, {"model": module, "optimizer": optimizer}):
+            rate = learning_rate(step, settings.run.lr or 1e-3, settings.run.warmup or 0.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            last = _step(run, step, wrapped, optimizer, batches[step.index])
+            run.log(step, **last, lr=rate)
+        module.mask_drawn = None
+    run.accelerator.free_memory()
+    module.eval()
+    return Trained(module, network, source, last)
+
+
+def _step(
+    run: Run, step: Step, module: nn.Module, optimizer: Any, batch: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """One step of the optimiser; its numbers, averaged over the processes."""
+    out = module(**{name: column.to(run.device, non_blocking=True) for name, column in batch.items()})
+    loss, parts = out["loss"], out["parts"]
+    numbers = {"loss": loss}
+    if len(parts) > 1:
+        numbers |= {f"part.{name}": value for name, value in parts.items()}
+    if not isinstance(out["mask"], AttentionMask):
+        numbers["masked"] = out["mask"].removed_ratio.mean()
+    means = run.mean(numbers)
+    run.check_finite(means["loss"], "loss", step)
+    run.accelerator.backward(loss)
+    if run.settings.run.clip:
+        norm = run.accelerator.clip_grad_norm_(module.parameters(), run.settings.run.clip)
+        means["grad_norm"] = float(norm)
+        run.check_finite(means["grad_norm"], "gradient norm", step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return means
+
+
+def data(settings: Settings, objective: Objective) -> ImageSource | TextSource:
+    """The source that an objective learns from, at the sizes that the model takes."""
+    section = settings.data
+    if objective.backbone == "token":
+        return load_text(
+            section.source,
+            length=section.length or 128,
+            vocabulary=section.vocabulary or 1024,
+            tokenizer=models.tokenizer_of(settings.model),
+            seed=settings.run.seed,
+        )
+    size = section.size or models.image_size(settings.model) or 32
+    return load_images(
+        section.source, size=size, channels=models.channels(settings.model), seed=settings.run.seed
+    )
+
+
+def model(settings: Settings, objective: Objective, source: ImageSource | TextSource) -> Any:
+    """The model that an objective trains: the user's folder, or a small one of the kind it works on."""
+    seed = settings.run.seed
+    if isinstance(source, TextSource):
+        return models.language_model(settings.model, source, causal=is_causal(objective), seed=seed)
+    if objective.backbone not in ("patch", "conv"):
+        raise BackboneMismatch(
+            f"The objective {objective.name!r} works on a {objective.backbone}; this job trains encoders of patches, "
+            "convolutional networks and language models. Use maskwright.MaskedTraining on your own module instead."
+        )
+    return models.vision_model(settings.model, size=source.size, seed=seed, backbone=objective.backbone)
+
+
+def is_causal(objective: Objective) -> bool:
+    """Whether an objective on tokens wants a causal model by default: its class attribute `causal` says so."""
+    return bool(getattr(objective, "causal", False))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters for AdamW: weight decay on matrices and kernels, none on biases, norms and tokens."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [one for one in trained if one.squeeze().ndim >= 2]
+    vectors = [one for one in trained if one.squeeze().ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def learning_rate(step: Step, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of the steps, then a cosine to zero; of the step about to be made."""
+    rising = max(round(warmup * step.total), 1)
+    if step.index < rising:
+        return peak * (step.index + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step.index - rising) / max(step.total - rising, 1)))
+
+
+def _set_up_distribution(run: Run, module: MaskedTraining, batches: Batches) -> None:
+    """Tell accelerate how to wrap the module: whether some parameters get no gradient is tried out on one batch.
+
+    PyTorch hangs or fails on such parameters when it is not told, and warns when it is told without need.
+    """
+    from accelerate import DistributedDataParallelKwargs
+
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    batch = {name: column.to(run.device) for name, column in batches.make(0).items()}
+    module(**batch)["loss"].backward()
+    idle = any(one.grad is None for one in module.parameters() if one.requires_grad)
+    module.zero_grad(set_to_none=True)
+    module.load_state_dict(before)
+    run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=idle)
+
+
+# -- the end -------------------------------------------------------------------------------------------------
+
+
+def conclude(run: Run, trained: Trained) -> Result:
+    """Held-out loss, probes, pictures, the model folder and the report."""
+    source = trained.source
+    run.say("Measuring on held-out data")
+    summary: dict[str, Any] = {
+        "strategy": run.settings.require("strategy").name,
+        "objective": run.settings.require("objective").name,
+        "steps": run.settings.run.steps,
+        "final_loss": trained.last.get("loss", _last_logged(run)),
+        **held_out(trained, run),
+        "parameters": sum(one.numel() for one in trained.network.parameters()),
+        "processes": run.processes,
+    }
+    if not run.is_main:
+        return run.finish(summary)
+    files = {}
+    if isinstance(source, ImageSource):
+        summary |= probes(trained, run)
+        files["preprocessor_config.json"] = preprocessing(source)
+    summary["data"] = source.summary
+    return run.finish(
+        summary,
+        model=trained.network,
+        tokenizer=source if isinstance(source, TextSource) else None,
+        pictures=pictures(trained, run) if isinstance(source, ImageSource) else None,
+        files=files,
+    )
+
+
+def _last_logged(run: Run) -> float | None:
+    """The loss of the last line of metrics.jsonl: a run that was resumed after its last step made none."""
+    lines = (run.folder / "metrics.jsonl").read_text("utf-8").splitlines() if run.is_main else []
+    return json.loads(lines[-1]).get("loss") if lines else None
+
+
+def held_out(trained: Trained, run: Run) -> dict[str, float]:
+    """`held_out_loss` under the masks of one fixed seed, and `perplexity` of a causal language model.
+
+    Every process measures all of it: an objective may add up over processes.
+    """
+    source = trained.source
+    fixed = source.held_out if isinstance(source, TextSource) else source.evaluation("held_out")
+    count, loss, nats = 0, 0.0, 0.0
+    backbone: Any = trained.module.backbone
+    causal = isinstance(backbone, TokenBackbone) and backbone.shift == 1
+    for batch in _batches(fixed, HELD_OUT, run):
+        rows = len(next(iter(batch.values())))
+        with torch.no_grad():
+            loss += float(trained.module(**batch)["loss"]) * rows
+            if causal:
+                nats += float(next_token_loss(backbone, batch["tokens"])) * rows
+        count += rows
+    numbers = {"held_out_loss": loss / count}
+    return numbers | ({"perplexity": math.exp(nats / count)} if causal else {})
+
+
+def next_token_loss(backbone: TokenBackbone, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood, in nats, of tokens int64 [B, L] after the first, under a causal model."""
+    logits = backbone.logits(tokens)[:, :-1].float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def probes(trained: Trained, run: Run) -> dict[str, float]:
+    """Accuracy on held-out images of a linear and a kNN classifier on frozen features; nothing without labels."""
+    source = trained.source
+    if not isinstance(source, ImageSource) or not source.labelled:
+        return {}
+    sets = []
+    for split in ("train", "held_out"):
+        features, labels = [], []
+        for batch in _batches(source.evaluation(split), PROBED, run):
+            with torch.no_grad():
+                features.append(pooled(trained.module.backbone, batch["pixels"]).cpu())
+            labels.append(batch["labels"].cpu())
+        sets += [torch.cat(features), torch.cat(labels)]
+    train_x, train_y, test_x, test_y = sets
+    return {
+        "linear_probe": linear_accuracy(train_x, train_y, test_x, test_y),
+        "knn_probe": knn_accuracy(train_x, train_y, test_x, test_y),
+        "chance": float(test_y.bincount().max() / len(test_y)),
+    }
+
+
+def pooled(backbone: Any, pixels: Tensor) -> Tensor:
+    """[B, C, H, W] → [B, D]: the mean of the encoder's last features over all places, nothing hidden."""
+    if isinstance(backbone, PatchBackbone):
+        prefix = backbone.prefix(len(pixels))
+        tokens = torch.cat([prefix, backbone.patches(pixels) + backbone.positions], 1)
+        features: Tensor = backbone.encode(tokens)
+        return features[:, prefix.shape[1] :].mean(1)
+    assert isinstance(backbone, ConvBackbone)
+    x = backbone.stem(pixels)
+    for stage in backbone.stages:
+        x = stage(x)
+    return x.mean((2, 3))
+
+
+def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
+    """`originals` in [0, 1], `masks` and, where the objective makes them, `reconstructions` of some held-out images."""
+    source = trained.source
+    assert isinstance(source, ImageSource)
+    fixed = source.evaluation("held_out")
+    chosen = torch.linspace(0, len(fixed) - 1, min(PICTURES, len(fixed))).round().long()
+    batch = {name: column.to(run.device) for name, column in fixed.batch(chosen).items()}
+    with torch.no_grad():
+        out = trained.module(**batch)
+    tensors = {"originals": source.denormalize(batch["pixels"])}
+    keep = out["mask"].keep if not isinstance(out["mask"], AttentionMask) else None
+    if keep is not None and keep.ndim == 3:
+        tensors["masks"] = keep
+    reconstruction = out["outputs"].get("reconstruction")
+    if reconstruction is not None and reconstruction.shape == batch["pixels"].shape:
+        tensors["reconstructions"] = source.denormalize(reconstruction)
+    return tensors
+
+
+def preprocessing(source: ImageSource) -> str:
+    """preprocessor_config.json: how transformers prepares an image as the training did."""
+    config = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": source.size, "width": source.size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(source.mean),
+        "image_std": list(source.std),
+    }
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _batches(source: Any, most: int, run: Run) -> Iterator[dict[str, Tensor]]:
+    """The first samples, or evenly spread ones where there are more than `most`, in batches on the device."""
+    chosen = torch.linspace(0, len(source) - 1, min(most, len(source))).round().long()
+    for part in chosen.split(run.settings.run.batch_size or 64):
+        yield {name: column.to(run.device) for name, column in source.batch(part).items()}
