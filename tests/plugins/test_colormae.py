@@ -5,6 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+
+import maskwright
+from maskwright import Layout
+from maskwright.backbones.defaults import vision_transformer
+from maskwright.errors import BadParameter, UnsupportedLayout
 from maskwright.plugins.colormae.claim import (
     CLAIM,
     ORDER,
@@ -25,11 +30,6 @@ from maskwright.plugins.colormae.masks import (
     keep_highest,
     windows,
 )
-
-import maskwright
-from maskwright import Layout
-from maskwright.backbones.defaults import vision_transformer
-from maskwright.errors import BadParameter, UnsupportedLayout
 from maskwright.testing import conformance
 
 HAND = torch.tensor([[[3, 1, 4, 1.5], [9, 2, 6, 5], [3.5, 8, 7, 9.5], [0, -1, -2, 2.5]]], dtype=torch.float64)
