@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -114,6 +115,16 @@ class PluginInfo:
         return self.distribution if self.source in ("built-in", "third-party") else self.slug
 
     @property
+    def paper_url(self) -> str:
+        """Where the paper is, from "arXiv:2407.13036", a DOI or an address; empty for anything else."""
+        paper = self.paper.strip()
+        if arxiv := re.fullmatch(r"(?:arxiv:)?(\d{4}\.\d{4,5})(v\d+)?", paper, re.IGNORECASE):
+            return f"https://arxiv.org/abs/{arxiv[1]}"
+        if doi := re.fullmatch(r"(?:doi:|https?://doi\.org/)?(10\.\S+)", paper, re.IGNORECASE):
+            return f"https://doi.org/{doi[1]}"
+        return paper if paper.startswith(("https://", "http://")) else ""
+
+    @property
     def origin(self) -> str:
         """Distribution and version, for people to read."""
         return f"{self.distribution} {self.version}".strip()
@@ -193,8 +204,10 @@ class Registry:
         """Every plugin, the built-in ones first. `error` says why one cannot be used, as far as that is known."""
         with self._reading():
             return [
-                attrs.evolve(plugin, error=plugin.error or self._failed.get(plugin.key, ""))
-                for plugin in self._plugins.values()
+                attrs.evolve(plugin, error=self._failed[key])
+                if key in self._failed and not plugin.error
+                else plugin
+                for key, plugin in self._plugins.items()
             ]
 
     def plugin(self, name: str) -> PluginInfo:
@@ -776,35 +789,58 @@ def third_party_catalogues(disabled: frozenset[str] = frozenset()) -> Iterator[E
     What is wrong with one of them becomes the `error` of its plugin and never touches another.
     """
     read: set[str] = set()
-    for entry, distribution, version, beside in sorted(
-        _entry_points(), key=lambda one: (one[1], one[0].name)
+    for slug, module, distribution, version, beside in sorted(
+        _entry_points(), key=lambda one: (one[2], one[0])
     ):
-        if {_normal(entry.name), _normal(distribution)} & disabled:
+        if disabled and {_normal(slug), _normal(distribution)} & disabled:
             continue
-        module = entry.value.partition(":")[0].strip()
-        origin = PluginInfo(
-            slug=entry.name, module=module, distribution=distribution, version=version, source="third-party"
-        )
+        folder, error, described, found = None, "", True, []
         try:
-            origin = attrs.evolve(origin, folder=module_folder(module, beside))
-            catalogue = os.path.join(origin.folder, "registry.toml") if origin.folder else None
+            folder = module_folder(module, beside)
+            catalogue = os.path.join(folder, "registry.toml") if folder else None
             if catalogue is None:
-                yield attrs.evolve(origin, error=f"its module {module!r} is not found"), []
+                error = f"its module {module!r} is not found"
             elif not os.path.isfile(catalogue):
-                yield attrs.evolve(origin, described=False), []
-            elif catalogue not in read:
+                described = False
+            elif catalogue in read:
+                continue
+            else:
                 read.add(catalogue)
-                yield from read_catalogue(catalogue, origin)
-        except Exception as error:
-            said = str(error) if isinstance(error, MaskwrightError) else f"{type(error).__name__}: {error}"
-            yield attrs.evolve(origin, error=said), []
+                origin = PluginInfo(
+                    "", "", distribution=distribution, version=version, source="third-party", folder=folder
+                )
+                found = read_catalogue(catalogue, origin)
+        except Exception as problem:
+            error = (
+                str(problem)
+                if isinstance(problem, MaskwrightError)
+                else f"{type(problem).__name__}: {problem}"
+            )
+        if error or not described:
+            found = [
+                (
+                    PluginInfo(
+                        slug=slug,
+                        module=module,
+                        distribution=distribution,
+                        version=version,
+                        source="third-party",
+                        folder=folder,
+                        described=described,
+                        error=error,
+                    ),
+                    [],
+                )
+            ]
+        yield from found
 
 
-def _entry_points() -> Iterator[tuple[importlib.metadata.EntryPoint, str, str, Path | None]]:
-    """The entry points `maskwright`, each with its distribution, version, and the folder in which that is installed.
+def _entry_points() -> Iterator[tuple[str, str, str, str, Path | None]]:
+    """The entry points `maskwright`: name, module, distribution, its version, and the folder in which that is installed.
 
-    As `importlib.metadata.entry_points` finds them, of two distributions of one name the first, but in a third of the time:
-    a file without the group's name is not parsed. A distribution whose files are damaged is passed over.
+    As `importlib.metadata.entry_points` finds them (of two distributions of one name the first), but several times faster,
+    which is felt with a hundred plugins: of most distributions only entry_points.txt is opened. A distribution whose files
+    are damaged is passed over.
     """
     seen = set()
     for found in importlib.metadata.distributions():
@@ -820,9 +856,21 @@ def _entry_points() -> Iterator[tuple[importlib.metadata.EntryPoint, str, str, P
                     text = file.read()
             else:
                 text = found.read_text("entry_points.txt") or ""
-            if BUILT_IN in text:
-                for entry in found.entry_points.select(group=BUILT_IN):
-                    yield entry, name, version, installed and installed.parent
+            for slug, module in _entries(text):
+                yield slug, module, name, version, installed and installed.parent
+
+
+def _entries(text: str) -> Iterator[tuple[str, str]]:
+    """Name and module of each entry point in the group `maskwright` of an entry_points.txt."""
+    inside = False
+    for line in text.splitlines() if BUILT_IN in text else ():
+        line = line.strip()
+        if line.startswith("["):
+            inside = line == f"[{BUILT_IN}]"
+        elif inside and line and not line.startswith(("#", ";")):
+            slug, equals, value = line.partition("=")
+            if equals:
+                yield slug.strip(), re.split(r"[:\s\[]", value.strip(), maxsplit=1)[0]
 
 
 def _origin(found: importlib.metadata.Distribution, path: Any) -> tuple[str, str]:
@@ -871,6 +919,16 @@ def plugin_folder(plugin: PluginInfo) -> Path | None:
         path = ((plugin.folder or Path()) / plugin.module).resolve()
         return path if path.is_dir() else path.parent
     return module_folder(plugin.module)
+
+
+def recorded_claim(plugin: PluginInfo) -> dict[str, Any] | None:
+    """The claim.json in a plugin's folder, as `maskwright verify --record` writes it; None where there is none."""
+    try:
+        folder = plugin_folder(plugin)
+        claim = json.loads((folder / "claim.json").read_text("utf-8")) if folder else None
+    except (OSError, ValueError):
+        return None
+    return claim if isinstance(claim, dict) else None
 
 
 def describe_component(component: type, plugin: PluginInfo) -> ComponentInfo:
@@ -1019,4 +1077,5 @@ __all__ = [
     "module_folder",
     "plugin_folder",
     "read_catalogue",
+    "recorded_claim",
 ]

@@ -9,14 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maskwright.plugins.hpm.masks import HardPatches, hard_count, hide_hard
-from maskwright.plugins.hpm.objective import (
-    HardPatchesMining,
-    absolute_loss,
-    reconstruction_loss,
-    relative_loss,
-    teacher_decay,
-)
 
 import maskwright
 from maskwright import Layout, Mask, MaskedTraining
@@ -27,6 +19,14 @@ from maskwright.errors import (
     MissingSignal,
     UnequalMaskCounts,
     UnsupportedLayout,
+)
+from maskwright.plugins.hpm.masks import HardPatches, hard_count, hide_hard
+from maskwright.plugins.hpm.objective import (
+    HardPatchesMining,
+    absolute_loss,
+    reconstruction_loss,
+    relative_loss,
+    teacher_decay,
 )
 from maskwright.registry import check_fit
 from maskwright.testing import conformance
