@@ -55,17 +55,17 @@ class TransformersViT(nn.Module):
 
     def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any:
         hidden = self.model.embeddings.dropout(tokens)
-        depth = len(self._layers)
-        wanted = {level % depth: None for level in levels}
+        wanted: dict[int, Any] = {level % self.depth: None for level in levels}
         for index, layer in enumerate(self._layers):
             hidden = layer(hidden)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index in wanted:
                 wanted[index] = hidden
-        last = self.model.layernorm(hidden)
-        if not levels:
-            return last
-        return [last if level % depth == depth - 1 else wanted[level % depth] for level in levels]
+        return [wanted[level % self.depth] for level in levels] if levels else self.model.layernorm(hidden)
+
+    @property
+    def depth(self) -> int:
+        return len(self._layers)
 
     @property
     def _layers(self) -> Any:

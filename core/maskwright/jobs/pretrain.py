@@ -109,7 +109,7 @@ def train(run: Run) -> Trained:
     module.to(run.device)
     module.train()
     with Batches(source, size, process=run.accelerator.process_index, processes=run.processes) as batches:
-        if run.processes > 1:
+        if torch.distributed.is_initialized():
             _set_up_distribution(run, module, batches)
         wrapped, optimizer = run.accelerator.prepare(module, optimizer)
         module.mask_drawn = run.mask_drawn
@@ -213,10 +213,7 @@ def _set_up_distribution(run: Run, module: MaskedTraining, batches: Batches) -> 
     idle = any(one.grad is None for one in module.parameters() if one.requires_grad)
     module.zero_grad(set_to_none=True)
     module.load_state_dict(before)
-    # Buffers count draws and steps, the same in every process.
-    run.accelerator.ddp_handler = DistributedDataParallelKwargs(
-        find_unused_parameters=idle, broadcast_buffers=False
-    )
+    run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=idle)
 
 
 # -- the end -------------------------------------------------------------------------------------------------

@@ -578,7 +578,10 @@ class _Bar(_Progress):
 def _accelerator() -> Any:
     from accelerate import Accelerator
 
-    return Accelerator()
+    # Where torchrun starts processes on a machine without an accelerator, accelerate must be told that they are one group.
+    kind = torch.accelerator.current_accelerator()
+    grouped = "LOCAL_RANK" in os.environ and (kind is None or kind.type == "mps")
+    return Accelerator(cpu=grouped)
 
 
 def _numbered(job: str) -> Path:
@@ -640,12 +643,20 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _save_model(model: Any, folder: Path) -> None:
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
-        return
-    from safetensors.torch import save_model
+    if not hasattr(model, "save_pretrained"):
+        from safetensors.torch import save_model
 
-    save_model(model, str(folder / "model.safetensors"))
+        save_model(model, str(folder / "model.safetensors"))
+        return
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

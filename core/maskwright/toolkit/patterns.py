@@ -10,7 +10,7 @@ weights, rounded down: 0.29 of 100 weights removes 29. That count is met exactly
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from itertools import combinations
 from math import comb
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from maskwright.errors import BadBudget
-from maskwright.protocols import Budget
+from maskwright.protocols import Budget, Pruner
 from maskwright.toolkit.prunable import Weight
 
 Compare: TypeAlias = Literal["layer", "row", "global"]
@@ -54,7 +54,7 @@ def removed_count(total: int, sparsity: float) -> int:
 
 
 def require_divisible(weights: Iterable[Weight], budget: Budget) -> tuple[int, int]:
-    """(N, M) of a pattern. Raises `BadBudget` that names the first weight whose inputs M does not divide."""
+    """(N, M) of a pattern, when every weight has room for it. Raises `BadBudget` that names the first weight whose inputs M does not divide."""
     n, m = budget.n_of_m
     for weight in weights:
         if weight.inputs % m:
@@ -159,16 +159,20 @@ def keep_share(
     return {name: piece.view(one.shape) for (name, one), piece in zip(scores.items(), pieces)}
 
 
-def keep_best(
-    scores: Mapping[str, Tensor], weights: Sequence[Weight], budget: Budget, compare: Compare = "layer"
-) -> dict[str, Tensor]:
-    """The masks [out, in] of a sparsity or a pattern. `scores` are by the weights' names; patterns compare within M inputs.
-
-    Raises `BadBudget` for other budgets, and for patterns that do not fit a weight.
-    """
+def check_budget(pruner: Pruner, weights: Iterable[Weight], budget: Budget) -> None:
+    """Raise `BadBudget` when a pruner does not meet this kind of budget, or a pattern does not fit a weight."""
+    if budget.kind not in pruner.budgets:
+        raise BadBudget(
+            f"{pruner.name} does not meet a budget of {budget.kind}; give it one of {', '.join(sorted(pruner.budgets))}."
+        )
     if budget.kind == "pattern":
-        n, m = require_divisible(weights, budget)
-        return {name: keep_n_of_m(one, n, m) for name, one in scores.items()}
+        require_divisible(weights, budget)
+
+
+def keep_best(scores: Mapping[str, Tensor], budget: Budget, compare: Compare = "layer") -> dict[str, Tensor]:
+    """The masks of a sparsity, or of a pattern (where `compare` has no part: M consecutive inputs compete)."""
+    if budget.kind == "pattern":
+        return {name: keep_n_of_m(one, *budget.n_of_m) for name, one in scores.items()}
     if budget.sparsity is None:
         raise BadBudget(f"The budget {budget} is no sparsity and no pattern; give one of these.")
     return keep_share(scores, budget.sparsity, compare)
