@@ -282,7 +282,8 @@ class Registry:
         """The shortest name that means this component: its own, or the qualified one where another has it too."""
         with self._reading():
             try:
-                return info.name if self._resolve(info.kind, info.name) == info else info.qualified
+                meant = self._resolve(info.kind, info.name)
+                return info.name if meant is info or meant == info else info.qualified
             except NameConflict:
                 return info.qualified
 
@@ -590,14 +591,14 @@ class Registry:
             origin = PluginInfo(slug="", module="", distribution=str(file), source="file", folder=file.parent)
             yield from read_catalogue(file, origin)
         for name, entries in third_party_catalogues() if self.third_party else ():
-            if _normal(name) in self.disabled:
+            if self.disabled and _normal(name) in self.disabled:
                 self._switched_off.extend(info for _, components in entries for info in components)
             else:
                 yield from entries
 
     def _admit(self, entries: Iterable[Entry]) -> None:
         for plugin, components in entries:
-            if {_normal(plugin.slug), _normal(plugin.distribution)} & self.disabled:
+            if self.disabled and {_normal(plugin.slug), _normal(plugin.distribution)} & self.disabled:
                 self._switched_off.extend(components)
                 continue
             self._plugins[plugin.key] = plugin
