@@ -283,7 +283,8 @@ class Registry:
         """The shortest name that means this component: its own, or the qualified one where another has it too."""
         with self._reading():
             try:
-                return info.name if self._resolve(info.kind, info.name) == info else info.qualified
+                meant = self._resolve(info.kind, info.name)
+                return info.name if meant is info or meant == info else info.qualified
             except NameConflict:
                 return info.qualified
 
@@ -595,12 +596,15 @@ class Registry:
         for file in self.files:
             origin = PluginInfo(slug="", module="", distribution=str(file), source="file", folder=file.parent)
             yield from read_catalogue(file, origin)
-        if self.third_party:
-            yield from third_party_catalogues(self.disabled)
+        for name, entries in third_party_catalogues() if self.third_party else ():
+            if self.disabled and _normal(name) in self.disabled:
+                self._switched_off.extend(info for _, components in entries for info in components)
+            else:
+                yield from entries
 
     def _admit(self, entries: Iterable[Entry]) -> None:
         for plugin, components in entries:
-            if {_normal(plugin.slug), _normal(plugin.distribution)} & self.disabled:
+            if self.disabled and {_normal(plugin.slug), _normal(plugin.distribution)} & self.disabled:
                 self._switched_off.extend(components)
                 continue
             self._plugins[plugin.key] = plugin
@@ -789,18 +793,16 @@ def _texts(table: Mapping[str, Any], key: str, path: Location, where: str) -> li
     return value
 
 
-def third_party_catalogues(disabled: frozenset[str] = frozenset()) -> Iterator[Entry]:
-    """The plugins of installed distributions, found through their entry points; none of them is imported.
+def third_party_catalogues() -> Iterator[tuple[str, list[Entry]]]:
+    """The plugins of installed distributions, by distribution, with the entry point's name; none of them is imported.
 
     What is wrong with one of them becomes the `error` of its plugin and never touches another.
     """
     read: set[str] = set()
-    for slug, module, distribution, version, beside in sorted(
-        _entry_points(), key=lambda one: (one[2], one[0])
+    for name, module, distribution, version, beside in sorted(
+        _entry_points(), key=lambda found: (found[2], found[0])
     ):
-        if disabled and {_normal(slug), _normal(distribution)} & disabled:
-            continue
-        folder, error, described, found = None, "", True, []
+        folder, error, described = None, "", True
         try:
             folder = module_folder(module, beside)
             catalogue = os.path.join(folder, "registry.toml") if folder else None
@@ -808,37 +810,28 @@ def third_party_catalogues(disabled: frozenset[str] = frozenset()) -> Iterator[E
                 error = f"its module {module!r} is not found"
             elif not os.path.isfile(catalogue):
                 described = False
-            elif catalogue in read:
-                continue
-            else:
+            elif catalogue not in read:
                 read.add(catalogue)
                 origin = PluginInfo(
                     "", "", distribution=distribution, version=version, source="third-party", folder=folder
                 )
-                found = read_catalogue(catalogue, origin)
+                yield name, read_catalogue(catalogue, origin)
         except Exception as problem:
-            error = (
-                str(problem)
-                if isinstance(problem, MaskwrightError)
-                else f"{type(problem).__name__}: {problem}"
-            )
+            error = f"{type(problem).__name__}: {problem}"
+            if isinstance(problem, MaskwrightError):
+                error = str(problem)
         if error or not described:
-            found = [
-                (
-                    PluginInfo(
-                        slug=slug,
-                        module=module,
-                        distribution=distribution,
-                        version=version,
-                        source="third-party",
-                        folder=folder,
-                        described=described,
-                        error=error,
-                    ),
-                    [],
-                )
-            ]
-        yield from found
+            plugin = PluginInfo(
+                name,
+                module,
+                distribution=distribution,
+                version=version,
+                source="third-party",
+                folder=folder,
+                described=described,
+                error=error,
+            )
+            yield name, [(plugin, [])]
 
 
 def _entry_points() -> Iterator[tuple[str, str, str, str, Path | None]]:
