@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -147,9 +148,9 @@ def _entry(registry: Registry, info: ComponentInfo, problems: Mapping[tuple[str,
 
 def _origin(plugin: PluginInfo) -> str:
     """What tells a third-party component from a built-in one; a built-in one has nothing here."""
-    return {"built-in": "", "file": shown(plugin.distribution), "program": "this program"}.get(
-        plugin.source, plugin.origin
-    )
+    if plugin.source == "file":
+        return shown(plugin.distribution)
+    return {"built-in": "", "program": "this program"}.get(plugin.source, plugin.origin)
 
 
 def _apart(plugins: Iterable[PluginInfo], problems: Mapping[tuple[str, str], str]) -> str:
@@ -190,14 +191,14 @@ def _document(
     """
     from maskwright import __version__
 
-    every = registry.find()
+    described = Counter(info.plugin.key for info in registry.find())
     plugins = [
         {
             **{key: getattr(plugin, key) for key in ("slug", "module", "title", "paper", "code", "family")},
             "extras": list(plugin.extras),
             **{key: getattr(plugin, key) for key in ("distribution", "version", "source", "described")},
             "problem": problems.get(plugin.key, ""),
-            "components": sum(info.plugin.key == plugin.key for info in every),
+            "components": described[plugin.key],
         }
         for plugin in registry.plugins()
     ]

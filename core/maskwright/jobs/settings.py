@@ -203,11 +203,17 @@ BY_MODALITY: dict[str, dict[str, Table]] = {
 }
 """What a pretraining does beside that, by what its objective learns from."""
 
+_PHOTOGRAPHS: dict[str, Table] = {"data": {"size": 64}, "model": {"patch_size": 8}}
+_DIGITS: dict[str, Table] = {"data": {"size": 8}, "model": {"patch_size": 2}}
+"""Sizes of the embedded images, and of anybody's beside the default model."""
+
 _DEFAULT_MODEL: dict[str, Table] = {
-    "image": {"width": 128, "depth": 4, "heads": 4, "patch_size": 4},
+    "image": {"width": 128, "depth": 4, "heads": 4},
     "text": {"width": 128, "depth": 4, "heads": 4},
 }
-_EMBEDDED_SIZES = {"photographs": 32, "digits": 8}
+_SMALL_DECODER: Table = {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4}
+"""What an objective's decoder measures beside the default model, where it has these parameters: a paper's own decoder, 512 wide
+and 8 deep, would be forty times the encoder."""
 
 
 # -- resolving -----------------------------------------------------------------------------------------------
@@ -263,11 +269,12 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
                 )
     if given.get("model", {}).get("source", "default") == "default":
         tables = _merge(tables, {"model": _DEFAULT_MODEL[modality]})
-    source = given.get("data", {}).get("source", tables.get("data", {}).get("source"))
     if modality == "image" and given.get("model", {}).get("source", "default") == "default":
-        tables = _merge(tables, {"data": {"size": _EMBEDDED_SIZES.get(str(source), 32)}})
-        if source == "digits":
-            tables = _merge(tables, {"model": {"patch_size": 2}})
+        source = given.get("data", {}).get("source", tables["data"]["source"])
+        tables = _merge(tables, _DIGITS if source == "digits" else _PHOTOGRAPHS)
+        parameters = {parameter.name for parameter in info.parameters}
+        decoder = {key: value for key, value in _SMALL_DECODER.items() if key in parameters}
+        tables = _merge(tables, {"objective": {"name": name, **decoder}})
     return tables
 
 
