@@ -167,13 +167,22 @@ def test_a_named_plugin_that_does_not_import_is_an_error(site: Site):
 # -- describe ------------------------------------------------------------------------------------------------
 
 
-def test_describe_prints_the_repositorys_own_tables():
-    text = built_in_catalogue().read_text("utf-8")
-    for slug in tomllib.loads(text)["plugins"]:
-        printed = run("--no-third-party", "describe", slug).stdout
-        assert tomllib.loads(printed)["plugins"][slug] == tomllib.loads(text)["plugins"][slug]
-        assert run("--no-third-party", "describe", f"maskwright.plugins.{slug}").stdout == printed
-    assert run("describe", "baselines").stdout.strip() in text
+def test_describe_prints_the_repositorys_own_tables(tmp_path):
+    origin = PluginInfo("", "")
+    for plugin, components in read_catalogue(built_in_catalogue(), origin):
+        printed = tmp_path / f"{plugin.slug}.toml"
+        printed.write_text(run("--no-third-party", "describe", plugin.slug).stdout, "utf-8")
+        ((same, said),) = read_catalogue(printed, origin)
+        assert same == plugin
+        assert sorted(said, key=lambda info: info.qualified + info.kind) == sorted(
+            components, key=lambda info: info.qualified + info.kind
+        )
+
+
+def test_a_plugin_of_a_catalogue_may_be_named_by_its_module():
+    by_module = run("describe", "maskwright.plugins.baselines").stdout
+    assert by_module == run("describe", "baselines").stdout
+    assert by_module.startswith("[plugins.baselines]\n")
 
 
 def test_describe_of_a_module_and_a_file(site: Site, tmp_path, monkeypatch):
