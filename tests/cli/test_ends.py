@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import maskwright
-from conftest import Site, catalogue
 from maskwright.cli import cli
 from maskwright.errors import OutputError
+from sites import Site, catalogue
 
 
 def run(*args: str, **env: str) -> Result:

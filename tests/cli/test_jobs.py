@@ -217,3 +217,32 @@ def test_a_folder_of_another_job_is_not_resumed(job):
     result = run("pretrain", "--resume", "mine")
     assert result.exit_code == 2
     assert "this is of the job 'sample', not 'pretrain'; use `maskwright sample`" in result.stderr
+
+
+def test_a_real_run_from_its_options_to_its_report(tmp_path):
+    small = ["model.depth=1", "model.width=16", "model.heads=1", "objective.decoder_depth=1"]
+    small += ["objective.decoder_width=16", "objective.decoder_heads=1"]
+    pairs = [word for pair in small for word in ("--set", pair)]
+    asked = [
+        "pretrain",
+        "--data",
+        "digits",
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        *pairs,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    result = run(*asked)
+    assert result.exit_code == 0, result.output
+    lines = dict(line.rsplit(maxsplit=1) for line in result.stdout.splitlines() if line)
+    assert float(lines["final loss"]) > 0
+    assert Path(lines["report"]).read_text("utf-8").startswith("<!")
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    again = run("pretrain", "--resume", str(tmp_path / "run"))
+    assert again.exit_code == 0, again.output
+    assert f"final loss     {lines['final loss']}" in again.stdout
+    refused = run(*asked)
+    assert (refused.exit_code, "holds a run already; go on with --resume" in refused.stderr) == (1, True)

@@ -10,12 +10,12 @@ import attrs
 import pytest
 from click.testing import CliRunner, Result
 
-from conftest import Site, catalogue, plugin_source
 from maskwright import setting
 from maskwright.cli import cli
 from maskwright.cli.describe import plugin_table
 from maskwright.jobs import claims
 from maskwright.registry import PluginInfo, Registry, built_in_catalogue, describe_component, read_catalogue
+from sites import Site, catalogue, plugin_source
 
 
 def run(*args: str, **env: str) -> Result:
