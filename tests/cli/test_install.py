@@ -173,11 +173,15 @@ def test_without_pip_and_uv_the_way_forward_is_named(monkeypatch):
 
 
 def test_what_uv_would_install_is_read_from_its_words(monkeypatch):
-    said = "Resolved 2 packages in 3ms\nWould install 2 packages\n + my-plugin==1.2\n + attrs==99.0\n - attrs==1.0"
+    said = "Resolved 2 packages in 3ms\nWould install 2 packages\n + my-plugin==1.2\n + attrs==99.0\n - attrs==1.0\n + own @ file:///x/own-1.whl"
     monkeypatch.setattr(packages, "_run", lambda command, say: said)
     monkeypatch.setattr(packages, "versions", lambda: {"attrs": "1.0"})
     changes = packages._would_install(Installer("uv", ("uv", "pip")), ["my-plugin"], [], False, print)
-    assert [str(one) for one in changes] == ["~ attrs 1.0 → 99.0", "+ my-plugin 1.2"]
+    assert [str(one) for one in changes] == [
+        "~ attrs 1.0 → 99.0",
+        "+ my-plugin 1.2",
+        "+ own file:///x/own-1.whl",
+    ]
 
 
 # -- how it fails --------------------------------------------------------------------------------------------
