@@ -38,6 +38,7 @@ from maskwright.errors import (
     RegistryFileError,
     UnknownComponent,
     did_you_mean,
+    nearest,
 )
 
 if TYPE_CHECKING:
@@ -330,12 +331,17 @@ class Registry:
                 f"The {what} {name!r} belongs to the plugin {off[0]!r}, which is switched off "
                 "(MASKWRIGHT_DISABLE_PLUGINS, or `disabled`)."
             )
-        found = self.find(kind=kind)
-        known = [info.qualified for info in found] if "/" in name else self.names(kind)
+        known = self.names(kind)
+        meant = did_you_mean(name, known)
+        if "/" in name:  # another owner of the name, or another name of the owner
+            close = [
+                info.qualified for near in nearest(bare, known) for info in self.find(kind=kind, name=near)
+            ]
+            meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         if not known:
             said = f"There is no {what} {name!r}: no plugin offers any."
         else:
-            said = f"There is no {what} {name!r}.{did_you_mean(name, known)} `maskwright list` shows all {len(known)}."
+            said = f"There is no {what} {name!r}.{meant} `maskwright list` shows all {len(known)}."
         plugins = self.plugins()
         if broken := [plugin.slug for plugin in plugins if plugin.error]:
             said += f" Some plugins cannot be used ({', '.join(broken)}): see `maskwright doctor`."

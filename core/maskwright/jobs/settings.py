@@ -241,11 +241,13 @@ def resolve(
         sources.insert(0, (str(run_file), _read(Path(run_file))))
     given: dict[str, Table] = {}
     for origin, tables in sources:
+        run = tables.get("run")
+        stated = run.get("job", job) if isinstance(run, Mapping) else job
+        if isinstance(stated, str) and stated != job:
+            advice = f"use `maskwright {stated}`." if stated in JOBS else f"jobs are {', '.join(JOBS)}."
+            raise BadRunFile(f"{origin}: this is of the job {stated!r}, not {job!r}; {advice}")
         _check(job, tables, origin)
         given = _merge(given, tables)
-    stated = given.get("run", {}).get("job", job)
-    if stated != job:
-        raise BadRunFile(f"This run file is of the job {stated!r}: use `maskwright {stated}`.")
     tables = _merge(_defaults(job, given, registry), given)
     tables = _merge(tables, {"run": {"job": job}})
     return _build(job, tables)
@@ -301,11 +303,23 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Table]:
     for key, value in overrides.items():
         first, dot, rest = key.partition(".")
         piece = nested({rest: value}) if dot else value
-        if isinstance(piece, Mapping) and isinstance(tables.get(first), dict):
-            tables[first] = {**tables[first], **piece}
-        else:
-            tables[first] = dict(piece) if isinstance(piece, Mapping) else piece
+        tables[first] = _deep(tables.get(first), piece)
     return tables
+
+
+def _deep(old: Any, new: Any) -> Any:
+    """Two values of one key: tables are merged all the way down, of anything else the later one counts.
+
+    A table that names another component takes nothing from the one it replaces.
+    """
+    if not isinstance(new, Mapping):
+        return new
+    merged = dict(old) if isinstance(old, Mapping) else {}
+    if "name" in merged and new.get("name", merged["name"]) != merged["name"]:
+        merged = {}
+    for key, value in new.items():
+        merged[key] = _deep(merged.get(key), value)
+    return merged
 
 
 def _read(path: Path) -> dict[str, Table]:
@@ -324,12 +338,7 @@ def _read(path: Path) -> dict[str, Table]:
 def _merge(weak: Mapping[str, Table], strong: Mapping[str, Table]) -> dict[str, Table]:
     merged = {name: dict(table) for name, table in weak.items()}
     for name, table in strong.items():
-        old = merged.get(name, {})
-        if name == "budget" and table:
-            old = {}
-        if name in COMPONENTS and table.get("name", old.get("name")) != old.get("name"):
-            old = {}
-        merged[name] = {**old, **table}
+        merged[name] = dict(table) if name == "budget" and table else _deep(merged.get(name), table)
     return merged
 
 
