@@ -3,6 +3,12 @@
 import pytest
 import torch
 import transformers
+from torch import nn
+
+import maskwright
+from maskwright import Budget, PruneTask
+from maskwright.backbones.defaults import causal_language_model, vision_transformer
+from maskwright.errors import BadBudget, BadData, BadParameter, NumericalError
 from maskwright.plugins.baselines.pruner import (
     Magnitude,
     Random,
@@ -15,12 +21,6 @@ from maskwright.plugins.baselines.pruner import (
     quadratic_error,
     wanda_scores,
 )
-from torch import nn
-
-import maskwright
-from maskwright import Budget, PruneTask
-from maskwright.backbones.defaults import causal_language_model, vision_transformer
-from maskwright.errors import BadBudget, BadData, BadParameter, NumericalError
 from maskwright.testing import conformance
 from maskwright.toolkit.patterns import keep_n_of_m, removed_count
 from maskwright.toolkit.prunable import prunable_weights

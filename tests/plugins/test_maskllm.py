@@ -7,6 +7,13 @@ import attrs
 import pytest
 import torch
 import transformers
+from torch import nn
+from torch.nn import functional as F
+
+import maskwright
+from maskwright import Budget, Mask, PruneTask
+from maskwright.backbones.defaults import causal_language_model, masked_language_model, vision_transformer
+from maskwright.errors import BadBudget, BadData, BadParameter, NumericalError
 from maskwright.plugins.maskllm.pruner import (
     MaskLlm,
     chosen,
@@ -18,13 +25,6 @@ from maskwright.plugins.maskllm.pruner import (
     straight_through,
     with_prior,
 )
-from torch import nn
-from torch.nn import functional as F
-
-import maskwright
-from maskwright import Budget, Mask, PruneTask
-from maskwright.backbones.defaults import causal_language_model, masked_language_model, vision_transformer
-from maskwright.errors import BadBudget, BadData, BadParameter, NumericalError
 from maskwright.testing import conformance
 from maskwright.toolkit.masked import replaced
 from maskwright.toolkit.patterns import candidates, keep_n_of_m

@@ -6,6 +6,8 @@ completion and the listing are fast, and nothing here imports torch.
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from maskwright import __version__
@@ -22,7 +24,10 @@ COMMANDS = {
     "uninstall": ("maskwright.cli.install:uninstall", "Remove plugins, and say what goes."),
     "new": ("maskwright.cli.new:new", "Write a new plugin: a whole distribution that works."),
     "check": ("maskwright.cli.check:check", "Run the conformance kit on a component or a plugin."),
-    "describe": ("maskwright.cli.describe:describe", "Print a plugin's registry.toml from what it registers."),
+    "describe": (
+        "maskwright.cli.describe:describe",
+        "Print a plugin's registry.toml from what it registers.",
+    ),
     "doctor": ("maskwright.cli.doctor:doctor", "Import every plugin on its own and say what is wrong."),
     "verify": ("maskwright.cli.verify:verify", "Measure the claims of the papers again."),
     "completion": ("maskwright.cli.completion:completion", "Print the completion script of a shell."),
@@ -45,7 +50,13 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 asked wrongly."""
+    """Run the command line and exit: 0 done, 1 failed, 2 asked wrongly, 130 interrupted."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal that cannot show a character shows "?", and no traceback
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     cli.main(prog_name="maskwright")
 
 

@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 from maskwright.cli.session import Session
 
 if TYPE_CHECKING:
-    from maskwright.registry import ComponentInfo, PluginInfo
+    pass
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
@@ -57,9 +57,13 @@ def _completer(known: Callable[[Session], Iterator[tuple[str, str]]]) -> Complet
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         try:
             found = dict(known(ctx.ensure_object(Session)))
-        except Exception:  # a mistake shows when the command is run; in the middle of a word it would only disturb
+        except (
+            Exception
+        ):  # a mistake shows when the command is run; in the middle of a word it would only disturb
             return []
-        return [CompletionItem(name, help=said) for name, said in found.items() if name.startswith(incomplete)]
+        return [
+            CompletionItem(name, help=said) for name, said in found.items() if name.startswith(incomplete)
+        ]
 
     return complete
 

@@ -26,6 +26,11 @@ def width() -> int | None:
     return None
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 plugin`, `3 plugins`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def shown(path: str) -> str:
     """A path as people would type it: relative where it lies below the working directory."""
     try:
@@ -42,8 +47,8 @@ class Table:
         self.rows: list[tuple[str, ...]] = []
 
     def add(self, *cells: str) -> None:
-        """One more row; cells may carry colour."""
-        self.rows.append(cells)
+        """One more row; cells may carry colour, but for the one that is cut or wrapped."""
+        self.rows.append(tuple(cell if click.unstyle(cell) else "" for cell in cells))
 
     def lines(self, *, stretch: int, least: int = 20, wrap: bool = False) -> list[str]:
         """The rows as lines; the column `stretch` has the room that the others leave, but `least` at least."""
@@ -58,12 +63,16 @@ class Table:
             parts = [text]
             if len(text) > widths[stretch]:
                 parts = (
-                    textwrap.wrap(text, widths[stretch]) if wrap else [text[: widths[stretch] - 1].rstrip() + "…"]
+                    textwrap.wrap(text, widths[stretch])
+                    if wrap
+                    else [text[: widths[stretch] - 1].rstrip() + "…"]
                 )
             for number, part in enumerate(parts):
                 cells = [part if at == stretch else cell if not number else "" for at, cell in enumerate(row)]
                 padded = [
-                    cell + " " * (size - len(click.unstyle(cell))) for cell, size in zip(cells, widths) if size
+                    cell + " " * (size - len(click.unstyle(cell)))
+                    for cell, size in zip(cells, widths)
+                    if size
                 ]
                 lines.append(self.indent + "  ".join(padded).rstrip())
         return lines

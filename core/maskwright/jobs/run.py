@@ -108,8 +108,17 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._exit.close()
+        if isinstance(error, UsageError) and self.is_main and not self.resumed:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Remove the folder of a run that was asked for wrongly and so never began."""
+        for name in ("run.toml", "metrics.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _leave_group(self) -> None:
         if self._owns_group and dist.is_available() and dist.is_initialized():
@@ -249,6 +258,15 @@ class Run:
             if self._observers:
                 self._observers.tell("maskwright_step_ended", run=self.info, metrics=line)
 
+    def recent(self, name: str) -> float | None:
+        """The mean of a metric over the last twentieth of its lines, in the main process; None where there is none."""
+        if not self.is_main:
+            return None
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_bytes().splitlines())
+        values = [line[name] for line in lines if name in line]
+        last = values[-max(len(values) // 20, 1) :]
+        return sum(last) / len(last) if last else None
+
     def check_finite(self, value: float, name: str, step: Step) -> None:
         """Raise `NumericalError` when a number of a step is not finite."""
         if not math.isfinite(value):
@@ -291,7 +309,7 @@ class Run:
             return Result(self.folder, told, None)
         if model is not None:
             with self._writing(self.folder / "model"), _whole_folder(self.folder / "model") as temporary:
-                _save_model(self.accelerator.unwrap_model(model), temporary)
+                _save_model(model, temporary)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
                 for name, text in (files or {}).items():
@@ -578,7 +596,10 @@ class _Bar(_Progress):
 def _accelerator() -> Any:
     from accelerate import Accelerator
 
-    return Accelerator()
+    # Where torchrun starts processes on a machine without an accelerator, accelerate must be told that they are one group.
+    kind = torch.accelerator.current_accelerator()
+    grouped = "LOCAL_RANK" in os.environ and (kind is None or kind.type == "mps")
+    return Accelerator(cpu=grouped)
 
 
 def _numbered(job: str) -> Path:
@@ -640,12 +661,21 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _save_model(model: Any, folder: Path) -> None:
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
-        return
-    from safetensors.torch import save_model
+    model = getattr(model, "module", model)  # the model inside DistributedDataParallel
+    if not hasattr(model, "save_pretrained"):
+        from safetensors.torch import save_model
 
-    save_model(model, str(folder / "model.safetensors"))
+        save_model(model, str(folder / "model.safetensors"))
+        return
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

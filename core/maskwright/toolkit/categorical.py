@@ -32,19 +32,21 @@ def uniforms(shape: tuple[int, ...], generator: torch.Generator, *, bits: int = 
     return u.clamp_(min=2.0**-bits)
 
 
-def gumbels(shape: tuple[int, ...], generator: torch.Generator, *, bits: int = BITS) -> Tensor:
-    """Standard Gumbel numbers, float64: -ln(-ln u)."""
-    return uniforms(shape, generator, bits=bits).log_().neg_().log_().neg_()
-
-
 def categorical(log_weights: Tensor, generator: torch.Generator, *, bits: int = BITS) -> Tensor:
     """One class for each row: [..., V] → int64 [...], class k with probability proportional to exp(log_weights[..., k]).
 
-    Weights need not be normalised; -inf is a class that is never drawn (a row of nothing else gives class 0). Casting float32
-    uniforms afterwards would not help: it is the uniform that must be float64.
+    Weights need not be normalised; -inf is a class that is never drawn (a row of nothing else gives class 0).
     """
-    noise = gumbels(tuple(log_weights.shape), generator, bits=bits).to(log_weights.device)
-    return noise.add_(log_weights).argmax(-1)
+    u = uniforms(tuple(log_weights.shape), generator, bits=bits).to(log_weights.device)
+    return gumbel_argmax(log_weights, u)
+
+
+def gumbel_argmax(log_weights: Tensor, u: Tensor) -> Tensor:
+    """The same from float64 uniforms in (0, 1) that were drawn before: argmax of log_weights - ln(-ln u).
+
+    Casting the weights to float64 is of no use beside float32 uniforms: it is the uniform that must be float64.
+    """
+    return (log_weights - u.log().neg_().log_()).argmax(-1)
 
 
 def largest_gumbel(bits: int) -> float:

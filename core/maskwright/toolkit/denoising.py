@@ -37,12 +37,17 @@ class Asked:
         return logits
 
 
-def log_probabilities(logits: Tensor, mask_token: int) -> Tensor:
-    """Logits [..., V] → log-probabilities over the real tokens, float64: the mask's is -inf, the others sum to one.
+def without_mask(logits: Tensor, mask_token: int) -> Tensor:
+    """Logits [..., V] in float64 with -inf for the mask token, which is never to be sampled.
 
     A `mask_token` of V or more has no logit: then nothing is taken out.
     """
     logits = logits.double()
-    if mask_token < logits.shape[-1]:
-        logits = logits.index_fill(-1, torch.tensor([mask_token], device=logits.device), -torch.inf)
-    return logits.log_softmax(-1)
+    if mask_token >= logits.shape[-1]:
+        return logits
+    return logits.index_fill(-1, torch.tensor([mask_token], device=logits.device), -torch.inf)
+
+
+def log_probabilities(logits: Tensor, mask_token: int) -> Tensor:
+    """Logits [..., V] → log-probabilities over the real tokens, float64."""
+    return without_mask(logits, mask_token).log_softmax(-1)
