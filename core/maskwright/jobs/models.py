@@ -50,10 +50,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_model(folder: Path, kind: str) -> Any:
-    """A model of a folder, in float32; `kind` is the class of transformers that reads it, such as "AutoModelForCausalLM".
+def read_model(folder: Path, kind: str, dtype: torch.dtype | str = torch.float32) -> Any:
+    """A model of a folder; `kind` is the class of transformers that reads it, such as "AutoModelForCausalLM".
 
-    Raises `BadModel` for what `read_config` refuses, a kind of model that transformers does not know, and damaged weights.
+    `dtype` "auto" leaves the weights as they were saved. Raises `BadModel` for what `read_config` refuses, a kind of model that transformers does not know, and damaged weights.
     """
     import transformers
     from safetensors import SafetensorError
@@ -62,7 +62,7 @@ def read_model(folder: Path, kind: str) -> Any:
     loader = getattr(transformers, kind)
     try:
         return loader.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise BadModel(
