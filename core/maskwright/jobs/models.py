@@ -55,11 +55,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_model(folder: Path, kind: str) -> Any:
-    """A model of a folder, in float32; `kind` is the class of transformers that reads it, such as "AutoModelForCausalLM".
+def read_model(folder: Path, kind: str, dtype: torch.dtype | str = torch.float32) -> Any:
+    """A model of a folder; `kind` is the class of transformers that reads it, such as "AutoModelForCausalLM".
 
-    Weights that the folder lacks are new, and a warning of the logger "maskwright" names them. Raises `BadModel` for what
-    `read_config` refuses, a kind of model that transformers does not know, and damaged or foreign weights.
+    Weights that the folder lacks are new, and a warning of the logger "maskwright" names them; `dtype` "auto" leaves the weights
+    as they were saved. Raises `BadModel` for what `read_config` refuses, a kind of model that transformers does not know, and
+    damaged or foreign weights.
     """
     import transformers
     from safetensors import SafetensorError
@@ -81,7 +82,7 @@ def read_model(folder: Path, kind: str) -> Any:
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
-                dtype=torch.float32,
+                dtype=dtype,
                 output_loading_info=True,
                 **given,
             )
