@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +63,28 @@ def read_model(folder: Path, kind: str, dtype: torch.dtype | str = torch.float32
     config = read_config(folder)
     loader = getattr(transformers, kind)
     try:
-        return loader.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
-        )
+        with _without_progress_bar():
+            return loader.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise BadModel(
             f"The model folder {folder} ({config['model_type']}) cannot be read as {kind}: {reason(error)}"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Transformers draws a bar for every model that it reads, however small."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def is_causal(config: dict[str, Any]) -> bool:
