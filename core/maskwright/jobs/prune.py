@@ -236,7 +236,7 @@ def counted(
 
     Raises `OutputError` when the saved weights are not those that the saved masks keep.
     """
-    saved = type(network).from_pretrained(folder / "model", local_files_only=True, dtype="auto")
+    saved = models.read_model(folder / "model", "AutoModelForCausalLM", dtype="auto")
     kept = load_masks(folder / "masks.safetensors")
     layers: list[dict[str, Any]] = []
     for weight in weights:
