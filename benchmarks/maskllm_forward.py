@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 import torch
-from maskwright.plugins.maskllm.pruner import MaskLlm
 from torch import nn
 
 import maskwright
 from maskwright import Budget, PruneTask
+from maskwright.plugins.maskllm.pruner import MaskLlm
 from maskwright.toolkit.masked import replaced
 from maskwright.toolkit.patterns import candidates
 from maskwright.toolkit.prunable import prunable_weights

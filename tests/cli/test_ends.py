@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import maskwright
-from conftest import Site, catalogue
 from maskwright.cli import cli
 from maskwright.errors import OutputError
+from sites import Site, catalogue
 
 
 def run(*args: str, **env: str) -> Result:
@@ -46,7 +46,7 @@ def shell(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
         (["list", "--kind", "strategy"], "'strategy' is not one of 'mask-strategy'"),
         (["list", "a", "b"], "unexpected extra argument (b). See `maskwright list --help`."),
         (["info"], "Missing argument 'NAME'. See `maskwright info --help`."),
-        (["info", "rndom"], "There is no component 'rndom'. Did you mean 'random'?"),
+        (["info", "rndom"], "There is no component 'rndom'. Did you mean 'random'"),
         (["info", "mae", "--kind", "pruner"], "'mae' is no pruner; it is an objective."),
         (["show", "mae"], "'mae' is no mask-strategy; it is an objective."),
         (["show", "random", "--set", "ratoi=0.5"], "random has no parameter 'ratoi'. Did you mean 'ratio'"),
@@ -58,19 +58,19 @@ def shell(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
         (["show", "random", "--out", "mask.jpg"], "--out mask.jpg must be a .png file."),
         (["show", "tube", "--grid", "12"], "tube needs a grid of frames × places"),
         (["check"], "Name a component, a plugin or a module to check, or give --all."),
-        (["check", "rndom"], "There is no component, plugin or module 'rndom'. Did you mean 'random'?"),
+        (["check", "rndom"], "There is no component, plugin or module 'rndom'. Did you mean 'random'"),
         (["check", "random", "--kind", "sampler"], "There is no sampler in random."),
         (["check", "random", "--rule", "monotne"], "There is no rule 'monotne'. Did you mean 'monotone'?"),
         (["check", "./none.py"], "There is no module ./none.py: it is no file"),
         (["describe", "no_such_module"], "There is no module 'no_such_module'."),
-        (["doctor", "baslines"], "There is no plugin 'baslines'. Did you mean 'baselines'?"),
+        (["doctor", "baslines"], "There is no plugin 'baslines'. Did you mean 'baselines'"),
         (["doctor", "--timeout", "0"], "0.0 is not in the range x>0"),
-        (["verify", "baslines"], "There is no plugin 'baslines'. Did you mean 'baselines'?"),
+        (["verify", "baslines"], "There is no plugin 'baslines'. Did you mean 'baselines'"),
         (["verify", "baselines"], "Plugin 'baselines' has no claim"),
         (["verify", "baselines", "--all"], "Name plugins or give --all, not both."),
         (["verify", "--family", "nonsense"], "There is no family 'nonsense'."),
         (["pretrain", "--objective", "mea"], "There is no objective 'mea'."),
-        (["pretrain", "--strategy", "rndom"], "There is no mask-strategy 'rndom'. Did you mean 'random'?"),
+        (["pretrain", "--strategy", "rndom"], "There is no mask-strategy 'rndom'. Did you mean 'random'"),
         (["pretrain", "--set", "strategy.ratio=1.5"], "random: ratio=1.5 must be in [0, 1)."),
         (["pretrain", "--steps", "0"], "[run] steps=0 must be >= 1."),
         (["pretrain", "--steps", "many"], "'many' is not a valid integer"),

@@ -13,10 +13,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from conftest import Site, catalogue
 from maskwright.cli import COMMANDS, cli, health
 from maskwright.cli.info import bibtex_entry, example
 from maskwright.registry import PluginInfo, Registry
+from sites import Site, catalogue
 
 
 def run(*args: str, **env: str) -> Result:

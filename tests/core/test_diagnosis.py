@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from conftest import Site, catalogue, plugin_source
 from maskwright.diagnosis import Diagnosis, diagnose, explain, unmet_requirements
 from maskwright.registry import Registry
+from sites import Site, catalogue, plugin_source
 
 
 def diagnosed(registry: Registry, *slugs: str, timeout: float = 20.0) -> list[Diagnosis]:

@@ -14,7 +14,6 @@ import attrs
 import pytest
 
 import maskwright
-from conftest import Site, catalogue, plugin_source
 from maskwright import registry as module
 from maskwright import setting
 from maskwright.errors import (
@@ -36,6 +35,7 @@ from maskwright.registry import (
     plugin_folder,
     recorded_claim,
 )
+from sites import Site, catalogue, plugin_source
 
 
 def built_in() -> Registry:

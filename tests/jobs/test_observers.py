@@ -14,7 +14,7 @@ from maskwright.jobs.observers import Observers
 from maskwright.jobs.run import Run
 
 
-@pytest.fixture()
+@pytest.fixture
 def module(tmp_path, monkeypatch):
     """Writes an importable module and returns its name."""
     monkeypatch.syspath_prepend(tmp_path)

@@ -40,14 +40,16 @@ def opened(folder, **how):
     return Run(small(), folder=folder, quiet=True, **how)
 
 
-def loop(run, counter, total=6, stop_before=None, seen=None):
+def loop(run, counter, total=6, *, stop_before=None, seen=None, during=lambda step: None):
+    """Counts; `during` is called in each step, and what it returns is the loss."""
     for step in run.steps(total, {"counter": counter}):
         if step.index == stop_before:
             raise Killed
+        loss = during(step)
         counter.count += 1
         if seen is not None:
             seen.append((step.index, torch.rand(()).item()))
-        run.log(step, loss=float(counter.count))
+        run.log(step, loss=float(counter.count) if loss is None else loss)
 
 
 # -- the folder --------------------------------------------------------------------------------------------------
@@ -180,29 +182,27 @@ def test_the_state_of_another_loop_is_refused(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_a_step_ends_the_run_after_it_with_a_checkpoint(tmp_path, number):
-    counter = Counter()
-    with opened(tmp_path) as run:
-        with pytest.raises(
-            Interrupted, match=r"Stopped after step 4 of 6; go on with: maskwright pretrain --resume"
-        ) as caught:
-            for step in run.steps(6, {"counter": counter}):
-                if step.index == 3:
-                    os.kill(os.getpid(), number)
-                counter.count += 1
+    def stopped(step):
+        if step.index == 3:
+            os.kill(os.getpid(), number)
+
+    said = r"Stopped after step 4 of 6; go on with: maskwright pretrain --resume"
+    with opened(tmp_path) as run, pytest.raises(Interrupted, match=said) as caught:
+        loop(run, Counter(), during=stopped)
     assert caught.value.exit_code == 130
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     with opened(tmp_path, resume=True) as run:
-        loop(run, resumed := Counter())
-    assert resumed.count == 6
+        loop(run, resumed := Counter(), seen=(again := []))
+    assert (resumed.count, len(again)) == (6, 2)
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
-    counter = Counter()
+    def stopped(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
     with opened(tmp_path) as run, pytest.raises(KeyboardInterrupt):
-        for _ in run.steps(6, {"counter": counter}):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            counter.count += 1
+        loop(run, counter := Counter(), during=stopped)
     assert counter.count == 0
 
 
@@ -230,12 +230,9 @@ def test_log_every_writes_the_first_the_last_and_every_nth(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("-inf"))])
 def test_a_number_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path, value):
-    with (
-        opened(tmp_path) as run,
-        pytest.raises(NumericalError, match=r"The loss is .* at step 4 of 6.* step 2 is intact"),
-    ):
-        for step in run.steps(6, {"counter": Counter()}):
-            run.log(step, loss=value if step.index == 3 else 1.0)
+    said = r"The loss is .* at step 4 of 6.* step 2 is intact"
+    with opened(tmp_path) as run, pytest.raises(NumericalError, match=said):
+        loop(run, Counter(), during=lambda step: value if step.index == 3 else 1.0)
     assert len(lines(tmp_path)) == 3
 
 

@@ -46,7 +46,7 @@ HEADINGS = {
     "--plugin", metavar="NAME", shell_complete=plugin_names(), help="Those of one plugin or distribution."
 )
 @click.option("--long", is_flag=True, help="Plugin, module, paper and parameters as well.")
-@click.option("--json", "as_json", is_flag=True, help="For programs: see the README's schema.")
+@click.option("--json", "as_json", is_flag=True, help="For programs; docs/command-line.md has the keys.")
 @pass_session
 def list_components(
     session: Session,

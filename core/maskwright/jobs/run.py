@@ -294,19 +294,21 @@ class Run:
         pictures: Mapping[str, Tensor] | None = None,
         samples: Iterable[Mapping[str, Any]] | None = None,
         files: Mapping[str, str] | None = None,
+        counted: Callable[[Path], Mapping[str, Any]] | None = None,
     ) -> Result:
         """Write what the job leaves: model/, masks, pictures, samples, summary.json and report.html, each whole or not.
 
         `model` and `tokenizer` have `save_pretrained`; a module without it is saved as model/model.safetensors. `files` are
-        texts to lie beside the model, by name. In all processes but the first nothing is written.
+        texts to lie beside the model, by name. `counted` adds to the summary what it reads from the run's folder, with model and
+        masks in it. In all processes but the first nothing is written.
         """
         from safetensors.torch import save
 
         from maskwright.jobs.report import write_report
 
-        told = {"job": self.job, "finished": True, **summary, "seconds": round(self.seconds, 3)}
+        told: dict[str, Any] = {"job": self.job, "finished": True, **summary}
         if not self.is_main:
-            return Result(self.folder, told, None)
+            return Result(self.folder, {**told, "seconds": round(self.seconds, 3)}, None)
         if model is not None:
             with self._writing(self.folder / "model"), _whole_folder(self.folder / "model") as temporary:
                 _save_model(model, temporary)
@@ -323,6 +325,7 @@ class Run:
         if samples is not None:
             lines = "".join(json.dumps(dict(one), ensure_ascii=False) + "\n" for one in samples)
             self._write("samples.jsonl", lines.encode("utf-8"))
+        told |= {**(counted(self.folder) if counted is not None else {}), "seconds": round(self.seconds, 3)}
         self._write("summary.json", (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
         report = write_report(self.folder)
         if self._observers:
@@ -667,15 +670,10 @@ def _save_model(model: Any, folder: Path) -> None:
 
         save_model(model, str(folder / "model.safetensors"))
         return
-    from transformers.utils import logging
+    from maskwright.jobs.models import quiet_transformers
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers():
         model.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
