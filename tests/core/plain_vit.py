@@ -18,7 +18,7 @@ class PlainViT(nn.Module):
             )
             for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.depth = nn.LayerNorm(width), depth
 
     def patches(self, pixels):
         return self.embed(pixels).flatten(2).transpose(1, 2)
@@ -31,8 +31,7 @@ class PlainViT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
             outputs.append(tokens)
-        outputs[-1] = self.norm(tokens)
-        return [outputs[level] for level in levels] if levels else outputs[-1]
+        return [outputs[level] for level in levels] if levels else self.norm(tokens)
 
 
 def stripes(count, image=16, channels=1, seed=0):

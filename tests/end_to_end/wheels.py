@@ -20,6 +20,7 @@ class Wheel:
     files: dict[str, str]
     version: str = "1.0"
     requires: tuple[str, ...] = ()
+    group: str = "maskwright"
 
     @property
     def module_name(self) -> str:
@@ -29,7 +30,8 @@ class Wheel:
     def file_name(self) -> str:
         return f"{self.module_name}-{self.version}-py3-none-any.whl"
 
-    def write(self, folder: Path) -> Path:
+    def members(self) -> dict[str, str]:
+        """What the archive holds, by path."""
         info = f"{self.module_name}-{self.version}.dist-info"
         metadata = [
             "Metadata-Version: 2.1",
@@ -37,7 +39,7 @@ class Wheel:
             f"Version: {self.version}",
             *(f"Requires-Dist: {one}" for one in self.requires),
         ]
-        points = ["[maskwright]", *(f"{slug} = {module}" for slug, module in self.entry_points.items())]
+        points = [f"[{self.group}]", *(f"{slug} = {module}" for slug, module in self.entry_points.items())]
         members = {
             **{path: textwrap.dedent(text) for path, text in self.files.items()},
             f"{info}/METADATA": "\n".join(metadata) + "\n",
@@ -45,12 +47,22 @@ class Wheel:
             f"{info}/entry_points.txt": "\n".join(points) + "\n",
         }
         record = [f"{path},sha256={_digest(text)},{len(text.encode())}" for path, text in members.items()]
-        members[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""])
+        return {**members, f"{info}/RECORD": "\n".join([*record, f"{info}/RECORD,,", ""])}
+
+    def write(self, folder: Path) -> Path:
+        """As a wheel, for pip."""
         target = folder / self.file_name
         with zipfile.ZipFile(target, "w") as archive:
-            for path, text in members.items():
+            for path, text in self.members().items():
                 archive.writestr(path, text)
         return target
+
+    def unpack(self, packages: Path) -> None:
+        """As pip would leave it in site-packages, for environments with a thousand of them."""
+        for path, text in self.members().items():
+            file = packages / path
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")
 
 
 def _digest(text: str) -> str:

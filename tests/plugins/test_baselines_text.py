@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from maskwright.plugins.baselines.autoregressive import Greedy, TopP, nucleus
-from maskwright.plugins.baselines.language import NextToken, attention_rule, previous_visible
 from scipy.stats import chisquare
 
 import maskwright
@@ -11,6 +9,8 @@ from maskwright import AttentionMask, Layout, Mask, MaskedTraining, SampleReques
 from maskwright.backbones.defaults import causal_language_model, masked_language_model
 from maskwright.backbones.transformers import denoiser
 from maskwright.errors import BackboneMismatch, BadParameter, MaskShapeError
+from maskwright.plugins.baselines.autoregressive import Greedy, TopP, nucleus
+from maskwright.plugins.baselines.language import NextToken, attention_rule, previous_visible
 from maskwright.testing import conformance
 
 SMALL = {"width": 32, "depth": 2, "heads": 2}

@@ -5,12 +5,6 @@ import math
 
 import pytest
 import torch
-from maskwright.plugins.first_hitting import objective as objectives
-from maskwright.plugins.first_hitting import sampler as samplers
-from maskwright.plugins.first_hitting.masks import UniformCount, uniform_counts
-from maskwright.plugins.first_hitting.objective import MaskedDiffusion, substitution, time_free_nll
-from maskwright.plugins.first_hitting.oracle import MarkovChain
-from maskwright.plugins.first_hitting.sampler import Ancestral, FirstHitting, hitting_times
 from scipy.integrate import quad
 from scipy.stats import beta, chisquare, kstest
 from torch import nn
@@ -20,6 +14,12 @@ from maskwright import Layout, Mask, MaskedTraining, SampleRequest
 from maskwright.backbones.defaults import causal_language_model, masked_language_model
 from maskwright.backbones.transformers import denoiser
 from maskwright.errors import BackboneMismatch
+from maskwright.plugins.first_hitting import objective as objectives
+from maskwright.plugins.first_hitting import sampler as samplers
+from maskwright.plugins.first_hitting.masks import UniformCount, uniform_counts
+from maskwright.plugins.first_hitting.objective import MaskedDiffusion, substitution, time_free_nll
+from maskwright.plugins.first_hitting.oracle import MarkovChain
+from maskwright.plugins.first_hitting.sampler import Ancestral, FirstHitting, hitting_times
 from maskwright.testing import conformance
 from maskwright.toolkit.schedules import COSINE, LINEAR, SCHEDULES
 

@@ -25,13 +25,15 @@ class PatchBackbone(Protocol):
     - `positions -> [1, N, D]`: position embeddings of the patches
     - `prefix(batch_size) -> [B, P, D]`: class and register tokens with their positions (P may be 0)
     - `encode(tokens [B, P+K, D], levels=()) -> [B, P+K, D]`: the blocks and the final norm, on any number of tokens;
-      with `levels` a list with the output of those blocks (0-based; -1 is the last block after the final norm)
-    - `grid`: (rows, columns) of patches, N = rows × columns; `patch_size`: pixels a side; `width`: D; `channels`: C
+      with `levels` a list with the outputs of those blocks, before the final norm (0-based; -1 is the last block)
+    - `grid`: (rows, columns) of patches, N = rows × columns; `patch_size`: pixels a side; `width`: D; `depth`: blocks;
+      `channels`: C
     """
 
     grid: tuple[int, int]
     patch_size: int
     width: int
+    depth: int
     channels: int
 
     @property
@@ -108,6 +110,7 @@ _SHAPES: dict[Any, dict[str, str]] = {
         "grid": "grid: (rows, columns)",
         "patch_size": "patch_size: pixels a side",
         "width": "width: D",
+        "depth": "depth: number of blocks",
         "channels": "channels: C",
     },
     ConvBackbone: {

@@ -6,6 +6,8 @@ completion and the listing are fast, and nothing here imports torch.
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from maskwright import __version__
@@ -48,7 +50,10 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 asked wrongly."""
+    """Run the command line and exit: 0 done, 1 failed, 2 asked wrongly, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without a character shows "?" in its place
+            stream.reconfigure(errors="replace")
     cli.main(prog_name="maskwright")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 
@@ -15,7 +16,9 @@ def _say(line: str) -> None:
     click.echo(line, err=True)
 
 
-@click.command(epilog="Example: maskwright install my-plugin -e ./another-plugin")
+@click.command(
+    epilog="\b\nExamples:\n  maskwright install my-plugin\n  maskwright install -e ./my-plugin --dry-run"
+)
 @click.argument("packages", nargs=-1, metavar="PKG…")
 @click.option(
     "-e", "--editable", multiple=True, metavar="PATH", help="A project folder, installed so that edits count."
@@ -41,7 +44,7 @@ def install(
     _show(outcome, dry_run, as_json)
 
 
-@click.command(epilog="Example: maskwright uninstall my-plugin")
+@click.command(epilog="\b\nExample:\n  maskwright uninstall my-plugin")
 @click.argument("packages", nargs=-1, required=True, metavar="PKG…")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would change; change nothing.")
@@ -53,6 +56,8 @@ def uninstall(packages: tuple[str, ...], yes: bool, dry_run: bool, as_json: bool
     """
     names = [distributions.installed_plugin(text) for text in packages]
     if not yes and not dry_run:
+        if not sys.stdin.isatty():
+            raise UsageError(f"Nobody can be asked here; say --yes to remove {', '.join(names)}.")
         click.confirm(f"Remove {', '.join(names)}?", abort=True, err=True)
     outcome = distributions.uninstall(names, dry_run=dry_run, say=_say)
     _show(outcome, dry_run, as_json)

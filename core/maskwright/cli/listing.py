@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import click
 from maskwright.cli import health
 from maskwright.cli.completion import component_names, plugin_names, words
 from maskwright.cli.session import Session, pass_session
-from maskwright.cli.tables import Table, shown
+from maskwright.cli.tables import Table, counted, shown, width
 
 if TYPE_CHECKING:
     from maskwright.registry import ComponentInfo, PluginInfo, Registry
@@ -45,7 +46,7 @@ HEADINGS = {
     "--plugin", metavar="NAME", shell_complete=plugin_names(), help="Those of one plugin or distribution."
 )
 @click.option("--long", is_flag=True, help="Plugin, module, paper and parameters as well.")
-@click.option("--json", "as_json", is_flag=True, help="For programs: see the README's schema.")
+@click.option("--json", "as_json", is_flag=True, help="For programs; docs/command-line.md has the keys.")
 @pass_session
 def list_components(
     session: Session,
@@ -109,16 +110,23 @@ def _block(
         table.add(
             click.style("!", fg="red") if broken else " ",
             click.style(registry.address(info), fg="red" if broken else "cyan"),
-            click.style(",".join(sorted(info.modalities)), dim=True),
+            click.style(_cut(",".join(sorted(info.modalities))), dim=True),
             info.summary,
             click.style(_origin(info.plugin), fg="yellow"),
         )
-    return "\n".join([heading, *table.lines(stretch=3, least=24)])
+    return "\n".join([heading, *table.lines(stretch=3, least=16)])
+
+
+def _cut(words: str) -> str:
+    """At most twelve characters where the terminal is narrow."""
+    room = width()
+    return words if room is None or room >= 110 or len(words) <= 12 else f"{words[:11]}…"
 
 
 def _entry(registry: Registry, info: ComponentInfo, problems: Mapping[tuple[str, str], str]) -> str:
     plugin = info.plugin
     rows = [
+        ("decides", info.summary),
         ("modalities", ", ".join(sorted(info.modalities))),
         ("needs", ", ".join(sorted(info.needs))),
         ("provides", ", ".join(sorted(info.provides))),
@@ -126,11 +134,11 @@ def _entry(registry: Registry, info: ComponentInfo, problems: Mapping[tuple[str,
         ("domain", info.domain),
         ("backbone", info.backbone),
         ("parameters", ", ".join(f"{one.name}={one.default or '…'}" for one in info.parameters)),
-        ("paper", " ".join(filter(None, (plugin.title, f"({plugin.paper})" if plugin.paper else "")))),
+        ("paper", f"{plugin.title} ({plugin.paper})" if plugin.paper else plugin.title),
         ("plugin", f"{plugin.slug} ({plugin.module}), {plugin.source}, {plugin.origin}"),
         ("broken", problems.get(plugin.key, "")),
     ]
-    lines = [f"  {click.style(registry.address(info), fg='cyan')}  {info.summary}"]
+    lines = [f"  {click.style(registry.address(info), fg='cyan')}"]
     table = Table(indent="    ")
     for label, text in rows:
         if text:
@@ -140,9 +148,9 @@ def _entry(registry: Registry, info: ComponentInfo, problems: Mapping[tuple[str,
 
 def _origin(plugin: PluginInfo) -> str:
     """What tells a third-party component from a built-in one; a built-in one has nothing here."""
-    return {"built-in": "", "file": shown(plugin.distribution), "program": "this program"}.get(
-        plugin.source, plugin.origin
-    )
+    if plugin.source == "file":
+        return shown(plugin.distribution)
+    return {"built-in": "", "program": "this program"}.get(plugin.source, plugin.origin)
 
 
 def _apart(plugins: Iterable[PluginInfo], problems: Mapping[tuple[str, str], str]) -> str:
@@ -162,8 +170,8 @@ def _apart(plugins: Iterable[PluginInfo], problems: Mapping[tuple[str, str], str
 
 def _count(found: list[ComponentInfo], problems: Mapping[tuple[str, str], str]) -> str:
     own = sum(info.plugin.source == "built-in" for info in found)
-    broken = f", {len(problems)} cannot be used (!)" if problems else ""
     others = f", {len(found) - own} of others" if len(found) > own else ""
+    broken = f"; {counted(len(problems), 'plugin')} cannot be used (!)" if problems else ""
     return f"{own} built-in components{others}{broken}. `maskwright info NAME` tells more."
 
 
@@ -183,14 +191,14 @@ def _document(
     """
     from maskwright import __version__
 
-    every = registry.find()
+    described = Counter(info.plugin.key for info in registry.find())
     plugins = [
         {
             **{key: getattr(plugin, key) for key in ("slug", "module", "title", "paper", "code", "family")},
             "extras": list(plugin.extras),
             **{key: getattr(plugin, key) for key in ("distribution", "version", "source", "described")},
             "problem": problems.get(plugin.key, ""),
-            "components": sum(info.plugin.key == plugin.key for info in every),
+            "components": described[plugin.key],
         }
         for plugin in registry.plugins()
     ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from maskwright.cli.tables import colour
 from maskwright.errors import MaskwrightError, did_you_mean
 
 if TYPE_CHECKING:
@@ -129,12 +130,13 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; whatever goes wrong ends as one line on stderr and an exit code."""
         session = ctx.ensure_object(Session)
+        ctx.color = colour()
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            failed("Interrupted.", 1, session.debug)
+            failed("Interrupted.", 130, session.debug)
         except MaskwrightError as error:
             failed(str(error), error.exit_code, session.debug)
         except Exception as error:
@@ -143,20 +145,26 @@ class LazyGroup(click.Group):
             said = f"{type(error).__name__}: {error}".removesuffix(": ").removesuffix(".")
             failed(f"{said}. Run it again with --debug for the traceback.", 1, session.debug)
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line and exit. Mistakes in its use are one line too."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
+        run: Any = super().main
+        if not kwargs.pop("standalone_mode", True):
+            return run(*args, **kwargs, standalone_mode=False)
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = run(*args, **kwargs, standalone_mode=False)
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "maskwright"
-            failed(f"{error.format_message()} See `{path} --help`.", error.exit_code, False)
+            failed(f"{_sentence(error)} See `{path} --help`.", error.exit_code, False)
         except click.ClickException as error:
-            failed(error.format_message(), error.exit_code, False)
+            failed(_sentence(error), error.exit_code, False)
         except click.Abort:
             failed("Aborted.", 1, False)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _sentence(error: click.ClickException) -> str:
+    said = error.format_message().strip()
+    return said if said.endswith((".", "?", "!")) else f"{said}."
 
 
 def failed(sentence: str, code: int, debug: bool) -> NoReturn:

@@ -1,6 +1,6 @@
 """Aligned columns for the terminal, as wide as it is; plain and whole when the output is piped.
 
-Colour is click's business: it leaves it out when the output is no terminal. NO_COLOR and FORCE_COLOR are heeded in `colour`.
+Colour is click's business, which leaves it out when the output is no terminal; `colour` heeds NO_COLOR.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def width() -> int | None:
     return None
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 plugin`, `3 plugins`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def shown(path: str) -> str:
     """A path as people would type it: relative where it lies below the working directory."""
     try:
@@ -42,8 +47,8 @@ class Table:
         self.rows: list[tuple[str, ...]] = []
 
     def add(self, *cells: str) -> None:
-        """One more row; cells may carry colour."""
-        self.rows.append(cells)
+        """One more row; cells may carry colour, but for the one that is cut or wrapped."""
+        self.rows.append(tuple(cell if click.unstyle(cell) else "" for cell in cells))
 
     def lines(self, *, stretch: int, least: int = 20, wrap: bool = False) -> list[str]:
         """The rows as lines; the column `stretch` has the room that the others leave, but `least` at least."""

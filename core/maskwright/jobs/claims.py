@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from maskwright.errors import UnknownComponent, did_you_mean
+from maskwright.errors import OutputError, PluginLoadError, UnknownComponent, did_you_mean
 from maskwright.mask import write_whole
-from maskwright.registry import PluginInfo, Registry
+from maskwright.registry import (
+    PluginInfo,
+    Registry,
+    built_in_catalogue,
+    is_path,
+    plugin_folder,
+    recorded_claim,
+)
 
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced at this scale"
@@ -92,27 +101,56 @@ def spread(values: Sequence[float]) -> str:
 
 
 def load_claim(plugin: PluginInfo) -> Claim:
-    """The CLAIM of a plugin. Raises `UnknownComponent` when it has none."""
+    """The CLAIM of a plugin. Raises `UnknownComponent` when it has none, `PluginLoadError` when it cannot be imported."""
     try:
-        module = importlib.import_module(f"{plugin.module}.claim")
-    except ModuleNotFoundError as error:
-        if error.name != f"{plugin.module}.claim":
-            raise
-        raise UnknownComponent(f"Plugin {plugin.slug!r} has no claim.py.") from None
-    return module.CLAIM
+        module: Any = _claim_module(plugin)
+    except Exception as error:
+        raise PluginLoadError(
+            f"The claim of plugin {plugin.slug!r} could not be imported: {type(error).__name__}: {error}."
+        ) from error
+    claim = getattr(module, "CLAIM", None)
+    if not isinstance(claim, Claim):
+        raise UnknownComponent(
+            f"Plugin {plugin.slug!r} has no claim: a module `claim` with CLAIM = maskwright.jobs.claims.Claim(…)."
+        )
+    return claim
 
 
-def with_claims(registry: Registry, slugs: Sequence[str] = ()) -> list[PluginInfo]:
-    """The plugins named, or every built-in plugin that has a claim. Raises `UnknownComponent` for a name that is none."""
-    plugins = {plugin.slug: plugin for plugin in registry.plugins()}
-    for slug in slugs:
-        if slug not in plugins:
-            raise UnknownComponent(f"There is no plugin {slug!r}.{did_you_mean(slug, plugins)}")
-    if slugs:
-        return [plugins[slug] for slug in slugs]
-    return [
-        plugin for plugin in plugins.values() if plugin.source == "built-in" and plugin.slug != "baselines"
+def _claim_module(plugin: PluginInfo) -> Any:
+    folder = plugin_folder(plugin)
+    if folder is None or not (folder / "claim.py").is_file():
+        return None
+    if is_path(plugin.module):
+        file = attrs.evolve(plugin, module=str(folder / "claim.py"))
+        return Registry(built_in=False, third_party=False).module(file)
+    package = (
+        plugin.module if folder.name == plugin.module.rpartition(".")[2] else plugin.module.rpartition(".")[0]
+    )
+    return importlib.import_module(f"{package}.claim" if package else "claim")
+
+
+def with_claims(
+    registry: Registry, names: Sequence[str] = (), *, third_party: bool = False, family: str | None = None
+) -> list[PluginInfo]:
+    """The plugins named (slugs), or else every built-in plugin that has a claim.py; with `third_party` any other too.
+
+    `family` leaves those of one family. Raises `UnknownComponent` for a name or a family that there is not.
+    """
+    every = registry.plugins()
+    chosen = [registry.plugin(name) for name in names] or [
+        plugin
+        for plugin in every
+        if (third_party or plugin.source == "built-in")
+        and not plugin.error
+        and (folder := plugin_folder(plugin)) is not None
+        and (folder / "claim.py").is_file()
     ]
+    families = sorted({plugin.family for plugin in every if plugin.family})
+    if family is not None and family not in families:
+        raise UnknownComponent(
+            f"There is no family {family!r}.{did_you_mean(family, families)} Families are {', '.join(families) or 'none'}."
+        )
+    return [plugin for plugin in chosen if family in (None, plugin.family)]
 
 
 def verify(plugin: PluginInfo, progress: Callable[[int, int], None] | None = None) -> ClaimResult:
@@ -127,12 +165,65 @@ def verify(plugin: PluginInfo, progress: Callable[[int, int], None] | None = Non
 
 
 def record(result: ClaimResult, folder: Path) -> None:
-    """Write the result into a plugin's folder: claim.json, and the block between the markers of its README.md."""
-    write_whole(folder / "claim.json", (json.dumps(result.as_json(), indent=2) + "\n").encode())
+    """Write the result into a plugin's folder: claim.json, and the block between the markers of its README.md, if it has one.
+
+    Raises `OutputError` when the folder cannot be written.
+    """
     readme = folder / "README.md"
-    write_whole(
-        readme, replace_block(readme.read_text("utf-8"), "claim", f"```\n{result.text()}\n```").encode()
-    )
+    with _writing(folder):
+        write_whole(folder / "claim.json", (json.dumps(result.as_json(), indent=2) + "\n").encode())
+        if readme.is_file():
+            text = replace_block(readme.read_text("utf-8"), "claim", f"```\n{result.text()}\n```")
+            write_whole(readme, text.encode())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def papers_table(registry: Registry) -> str:
+    """The README's table of the papers, in Markdown: one row for each built-in plugin of a paper.
+
+    Title and folder, components, the claim's first sentence, and its verdict, from registry.toml and the claim.json files.
+    """
+    lines = [
+        "| paper | components | claim, measured on a CPU at small scale | verdict |",
+        "|---|---|---|---|",
+    ]
+    plugins = [plugin for plugin in registry.plugins() if plugin.source == "built-in" and plugin.paper]
+    for plugin in sorted(plugins, key=lambda one: (one.family, one.title.lower())):
+        claim = recorded_claim(plugin) or {}
+        names = ", ".join(f"`{info.name}`" for info in registry.find() if info.plugin.key == plugin.key)
+        title = f"[{_cell(plugin.title)}]({plugin.paper_url})" if plugin.paper_url else _cell(plugin.title)
+        statement = _cell(str(claim.get("statement", "")))
+        folder = f"[{plugin.slug}](plugins/{plugin.slug}/README.md)"
+        lines.append(
+            f"| {title} · {folder} | {names} | {_first_sentence(statement)} | {claim.get('verdict', 'not measured yet')} |"
+        )
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.;])\s+(?=[A-Z(])", text, maxsplit=1)[0].rstrip(".;")
+
+
+def record_papers(registry: Registry) -> Path | None:
+    """Write the table of the papers into the README.md beside the built-in catalogue; None where there is none."""
+    readme = built_in_catalogue().parent / "README.md"
+    text = readme.read_text("utf-8") if readme.is_file() else ""
+    if "<!-- papers -->" not in text:
+        return None
+    with _writing(readme):
+        write_whole(readme, replace_block(text, "papers", papers_table(registry)).encode())
+    return readme
 
 
 def replace_block(text: str, name: str, content: str) -> str:

@@ -33,8 +33,8 @@ class MaskedTraining(nn.Module):
     of several optimisers that step after the same forward only the first does. In evaluation mode nothing is counted and the
     mask depends on the seed and the batch size only.
 
-    With several processes every rank draws the mask of the *global* batch from the same generator and takes its own rows;
-    ranks must hold batches of equal size and draw together, in evaluation too.
+    With several processes every rank draws the mask of the *global* training batch from the same generator and takes its own
+    rows; ranks must hold batches of equal size and draw together. In evaluation mode a batch is its rank's own business.
 
     transformers.Trainer drops columns that `forward` does not name: when an objective reads others than pixels and tokens, set
     `remove_unused_columns=False` in its arguments.
@@ -119,7 +119,7 @@ class MaskedTraining(nn.Module):
             raise MissingColumn(_without(self.strategy.name, missing, batch))
         needed = {name: signals[name] if name in signals else batch[name] for name in self.strategy.needs}
         layout = Layout.of(self.backbone, batch)
-        world, rank = _world(), _rank()
+        world, rank = (_world(), _rank()) if self.training else (1, 0)
         mask = self.strategy.draw(
             Layout(layout.batch * world, layout.grid, layout.device, layout.patch_size),
             signals={name: _gathered(value, world) for name, value in needed.items()},

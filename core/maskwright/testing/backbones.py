@@ -31,7 +31,7 @@ class PlainViT(nn.Module):
         self, grid: tuple[int, int] = (4, 4), *, prefix: int = 1, width: int = 16, depth: int = 2
     ) -> None:
         super().__init__()
-        self.grid, self.patch_size, self.width, self.channels = grid, 4, width, 3
+        self.grid, self.patch_size, self.width, self.depth, self.channels = grid, 4, width, depth, 3
         self.embedding = nn.Conv2d(self.channels, width, self.patch_size, stride=self.patch_size)
         self.position_table = nn.Parameter(0.1 * torch.randn(1, grid[0] * grid[1], width))
         self.special = nn.Parameter(0.1 * torch.randn(1, prefix, width)) if prefix else None
@@ -60,8 +60,7 @@ class PlainViT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
             outputs.append(tokens)
-        outputs[-1] = self.norm(tokens)
-        return [outputs[level] for level in levels] if levels else outputs[-1]
+        return [outputs[level] for level in levels] if levels else self.norm(tokens)
 
 
 class PlainConvNet(nn.Module):

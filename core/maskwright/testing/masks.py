@@ -57,7 +57,7 @@ def check_shape_is_the_layouts(component: Any, draw: Draw) -> None:
 @rule(KIND, cases=draws)
 def check_device_is_the_layouts(component: Any, draw: Draw) -> None:
     """The mask lies where the layout says."""
-    mask = accepted(component, draw)
+    mask = accepted(component, draw, anywhere=True)
     require(mask.device == draw.layout.device, f"it lies on {mask.device}, not on {draw.layout.device}.")
 
 
@@ -108,10 +108,20 @@ def check_global_random_state_is_untouched(component: Any, draw: Draw) -> None:
     require_untouched(before, "draw")
 
 
+@rule(KIND, cases=draws, applies=lambda component: bool(component.needs))
+def check_signals_are_left_alone(component: Any, draw: Draw) -> None:
+    """The signals are not written to."""
+    signals = draw.signals(component)
+    before = {name: value.clone() for name, value in signals.items()}
+    mask = accepted(component, draw, signals=signals)
+    changed = [name for name, value in before.items() if not torch.equal(value, signals[name])]
+    require(not changed, f"draw changed the signal {', '.join(changed)}; work on a copy.", mask)
+
+
 @rule(KIND, cases=_two_rows, examples=30)
 def check_rows_are_independent(component: Any, draw: Draw) -> None:
     """A row's mask depends on its own signals only, and rows are not copies of one random row."""
-    mask = _readable(component, draw)
+    mask = _repeatable(component, draw)
     ours, others = draw.signals(component), draw.signals(component, draw.signals_seed + 1000)
     per_row = [name for name, value in ours.items() if _has_rows(value, draw.batch)]
     if per_row and len(mask.keep) == draw.batch:
@@ -129,7 +139,8 @@ def check_rows_are_independent(component: Any, draw: Draw) -> None:
         )
     if len(mask.keep) == draw.batch:
         alike = {
-            name: value[:1].expand_as(value) if name in per_row else value for name, value in ours.items()
+            name: value[:1].expand_as(value).contiguous() if name in per_row else value
+            for name, value in ours.items()
         }
         several = [draw.mask(component, signals=alike, seed=draw.seed + again) for again in range(8)]
         random = any(not _same(several[0], other) for other in several[1:])
@@ -148,7 +159,10 @@ def check_monotone(component: Any, growth: Growth) -> None:
     for value in (growth.low, growth.high):
         one = component if name == "progress" else with_parameter(component, name, value)
         unwanted(name != "progress" and getattr(one, name) != value)
-        masks.append(accepted(one, draw, **({"progress": value} if name == "progress" else {})))
+        other = {"progress": value} if name == "progress" else {}
+        masks.append(accepted(one, draw, **other))
+        # A mask that is another when drawn again is what another rule is about.
+        unwanted(not _same(masks[-1], accepted(one, draw, **other)))
     low, high = masks
     unwanted(low.shape != high.shape)
     again = int((high.keep & ~low.keep).sum())
@@ -218,7 +232,8 @@ def _ordinary_draws(component: Any) -> list[Draw]:
 
 def _is_accepted(component: Any, draw: Draw) -> bool:
     try:
-        return isinstance(draw.mask(component), Mask)
+        mask = draw.mask(component)
+        return isinstance(mask, Mask) and mask.device == draw.layout.device
     except Exception:
         return False
 
@@ -227,7 +242,13 @@ def _readable(component: Any, draw: Draw) -> Mask:
     """The mask, where its shape is right: another rule is about that."""
     mask = accepted(component, draw)
     unwanted(not isinstance(mask, AttentionMask) and tuple(mask.shape) != draw.layout.shape)
-    unwanted(mask.device.type == "meta")
+    return mask
+
+
+def _repeatable(component: Any, draw: Draw) -> Mask:
+    """As `_readable`, where it is the same when drawn again: another rule is about that."""
+    mask = _readable(component, draw)
+    unwanted(not _same(mask, accepted(component, draw)))
     return mask
 
 
@@ -253,6 +274,7 @@ RULES: tuple[Rule, ...] = (
     check_no_row_is_all_hidden,
     check_same_generator_same_mask,
     check_global_random_state_is_untouched,
+    check_signals_are_left_alone,
     check_rows_are_independent,
     check_monotone,
     check_every_signal_is_used,

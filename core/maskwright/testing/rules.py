@@ -20,6 +20,9 @@ from maskwright.testing.pictures import picture
 
 KINDS = ("mask-strategy", "objective", "pruner", "sampler")
 _FEWEST = 3
+"""Examples that are tried even when they take long."""
+_REFUSED, _HOPELESS = 3, 25
+"""So many refusals count as one example; after so many without an example there is none."""
 
 
 class ConformanceFailure(AssertionError):
@@ -88,7 +91,7 @@ class Rule:
             self.once(component)
             return
         broken: list[tuple[_Broken | Exception, Any]] = []
-        tried = 0
+        tried = seen = 0
         started = time.monotonic()
         patience = self.seconds if max_examples is None else float("inf")
 
@@ -105,11 +108,12 @@ class Rule:
         )
         @given(self.cases(component))
         def holds(case: Any) -> None:
-            nonlocal tried
+            nonlocal tried, seen
+            seen += 1
             late = time.monotonic() - started > patience
             if late and broken:
                 raise UnsatisfiedAssumption  # the smallest example so far will do
-            if late and tried >= _FEWEST:
+            if (late and max(tried, seen // _REFUSED) >= _FEWEST) or (not tried and seen > _HOPELESS):
                 return
             try:
                 self.body(component, case)
@@ -152,13 +156,21 @@ class Rule:
     def _failure(self, error: Exception, component: Any, *case: Any) -> ConformanceFailure:
         masks = error.masks if isinstance(error, _Broken) else ()
         text = str(error) if isinstance(error, _Broken) else f"{type(error).__name__}: {error}"
-        kind = type(component)
-        line = (
-            f"from {kind.__module__} import {kind.__qualname__}; from maskwright.testing import *; repeat("
-            + ", ".join([repr(self.name), *map(repr, (component, *case))])
-        )
+        imports = "".join(f"from {module} import {name}; " for module, name in _classes(component))
+        arguments = ", ".join([repr(self.name), *map(repr, (component, *case))])
+        line = f"{imports}from maskwright.testing import *; repeat({arguments})"
         pictures = [picture(mask) for mask in masks]
-        return ConformanceFailure("\n".join([f"{self.name}: {text}", *pictures, f"Repeat it: {line})"]))
+        return ConformanceFailure("\n".join([f"{self.name}: {text}", *pictures, f"Repeat it: {line}"]))
+
+
+def _classes(component: Any) -> list[tuple[str, str]]:
+    """(module, name) of the class of a component and of those that it holds: what its repr needs."""
+    kind = type(component)
+    found = {(kind.__module__, kind.__qualname__.partition(".")[0]): None}
+    for field in attrs.fields(kind) if attrs.has(kind) else ():
+        if attrs.has(type(value := getattr(component, field.name, None))):
+            found |= dict.fromkeys(_classes(value))
+    return list(found)
 
 
 def rule(

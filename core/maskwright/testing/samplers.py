@@ -175,7 +175,11 @@ def sampled(component: Any, example: Sampling, request: Any = None, target: Tens
         request = example.request() if request is None else request
         denoiser = Table(example, causal=component.domain == "autoregressive", target=target)
     watched = Watched(denoiser)
-    return Outcome(request, component.sample(watched, request), watched)
+    asked = copy.copy(request)
+    if isinstance(getattr(request, "tokens", None), Tensor):
+        # What was asked for, should the sampler write into the request.
+        asked = attrs.evolve(request, tokens=request.tokens.clone())
+    return Outcome(asked, component.sample(watched, request), watched)
 
 
 def ready(component: Any, example: Sampling, **other: Any) -> Outcome:
@@ -265,21 +269,20 @@ def check_global_random_state_is_untouched(component: Any, example: Sampling) ->
 @rule(KIND, cases=samplings, applies=_tried)
 def check_request_is_left_alone(component: Any, example: Sampling) -> None:
     """The tensors of the request are not written to."""
-    request = ready(component, example).request
+    request = (
+        component.example_request(example.rows, example.seed)
+        if hasattr(component, "example_request")
+        else example.request()
+    )
     tensors = {name: value for name, value in _fields(request).items() if isinstance(value, Tensor)}
     before = copy.deepcopy(tensors)
-    ready(component, example, request=_with_generator(request, example.seed))
+    ready(component, example, request=request)
     changed = [name for name, value in tensors.items() if not torch.equal(value, before[name])]
     require(not changed, f"it changed the request's {', '.join(changed)}; work on a copy.")
 
 
 def _fields(request: Any) -> dict[str, Any]:
     return attrs.asdict(request, recurse=False) if attrs.has(type(request)) else dict(vars(request))
-
-
-def _with_generator(request: Any, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return attrs.evolve(request, generator=generator) if attrs.has(type(request)) else request
 
 
 # -- tokens --------------------------------------------------------------------------------------------------
@@ -327,11 +330,15 @@ def check_order_is_true(component: Any, example: Sampling) -> None:
     shape = list(order.shape)
     require(shape == list(tokens.shape), f"the order is {shape}, not {list(tokens.shape)}.", prompt)
     require(order.dtype == torch.int64, f"the order is {order.dtype}, not int64.", prompt)
-    fits = torch.where(prompt.keep, order == -1, order >= 0)
+    unwanted(outcome.samples.values.shape != tokens.shape)
+    # A position at which a mask token is left has no time.
+    mine = ~prompt.keep & (outcome.samples.values != example.mask_token)
+    fits = (order == -1) | ~prompt.keep
+    fits &= (order >= 0) | ~mine
     require(fits.all(), f"-1 is for the prompt, 0 or more for the rest; got {order.tolist()}.", prompt)
     seen = _first_seen(outcome)
     earlier = seen[:, :, None] < seen[:, None, :]
-    both = ~prompt.keep[:, :, None] & ~prompt.keep[:, None, :]
+    both = mine[:, :, None] & mine[:, None, :]
     wrong = (earlier & both & (order[:, :, None] >= order[:, None, :])).nonzero()
     if len(wrong):
         row, first, second = wrong[0].tolist()
@@ -366,6 +373,8 @@ def _prompted(component: Any) -> Any:
 def check_rows_are_independent(component: Any, example: Sampling) -> None:
     """A row's values depend on its own prompt only, and rows are not copies of one random row."""
     before = _readable(component, example)
+    again = _readable(component, example)
+    unwanted(not torch.equal(before.samples.values, again.samples.values))
     tokens = before.request.tokens
     row = example.seed % example.rows
     mixed = example.tokens(example.seed + 1000)
@@ -379,8 +388,8 @@ def check_rows_are_independent(component: Any, example: Sampling) -> None:
     )
     alike = tokens[:1].expand_as(tokens).contiguous()
     several = [
-        _readable(component, example, request=example.request(alike, example.seed + again)).samples.values
-        for again in range(8)
+        _readable(component, example, request=example.request(alike, example.seed + more)).samples.values
+        for more in range(8)
     ]
     random = any(not torch.equal(several[0], other) for other in several[1:])
     copies = all(bool((one == one[:1]).all()) for one in several)
@@ -396,8 +405,9 @@ def check_what_is_certain_is_sampled(component: Any, example: Sampling) -> None:
     target += target >= example.mask_token
     outcome = _readable(component, example, target=target)
     values, hidden = outcome.samples.values, ~outcome.prompt.keep
-    # Mask tokens that are left are what another rule is about.
-    wrong = hidden & (values != target) & (values != example.mask_token)
+    # Mask tokens, and values that are no tokens, are what other rules are about.
+    real = (values >= 0) & (values < CLASSES) & (values != example.mask_token)
+    wrong = hidden & real & (values != target)
     require(
         not wrong.any(),
         f"certain were {_spelled(target)}, sampled were {_spelled(values)}.",

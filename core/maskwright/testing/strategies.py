@@ -183,12 +183,16 @@ def values_of(component: Any, parameter: str) -> list[Any]:
     return sorted({round(value) if isinstance(now, int) else value for value in [*around, now + 1]})
 
 
-def accepted(component: Any, draw: Draw, **other: Any) -> Mask:
-    """The mask of an example, which is left out when the strategy refuses it or another rule is about its failing."""
+def accepted(component: Any, draw: Draw, *, anywhere: bool = False, **other: Any) -> Mask:
+    """The mask of an example, which is left out when the strategy refuses it or another rule is about its failing.
+
+    So are masks that lie on another device, unless they may be `anywhere`.
+    """
     try:
         mask = draw.mask(component, **other)
     except Exception:
         mask = None
     unwanted(not isinstance(mask, Mask) or mask.shape[0] < 1)
     assert mask is not None
+    unwanted(not anywhere and mask.device != draw.layout.device)
     return mask

@@ -95,7 +95,7 @@ def calibrate(
     """
     if not task.batches:
         raise BadData("The calibration set is empty: give at least one batch.")
-    with _evaluating(model):
+    with evaluating(model):
         plan = _plan(model, weights, task)
         streams = _capture(model, plan, task) if plan.chained else []
         for block in plan.blocks:
@@ -409,7 +409,7 @@ def _stop(*_: Any) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without a key-value cache, which would grow each time a block is run; as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)

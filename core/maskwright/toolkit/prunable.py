@@ -6,7 +6,7 @@ modules share is counted once. `prunable_weights` gives what it chose as `Weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from maskwright.errors import BadModel, NumericalError
 from maskwright.mask import Mask
+from maskwright.protocols import PruneResult, SparsityReport
 
 TYPES = ("Linear", "Conv1D", "Conv2d")
 """Module types whose `weight` may be pruned; Conv1D is the transposed linear layer of transformers' GPT-2."""
@@ -217,3 +218,16 @@ def require_finite(weights: list[Weight]) -> None:
                 f"{weight.name} {tuple(values.shape)} has {bad} weights that are NaN or infinite; a model must be finite "
                 "before it is pruned."
             )
+
+
+def finish(
+    model: nn.Module,
+    weights: list[Weight],
+    keep: Mapping[str, Tensor],
+    history: Sequence[Mapping[str, float]] = (),
+) -> PruneResult:
+    """Zero what is not kept, and say what was: `keep` holds a bool [out, in] by each weight's name."""
+    masks = {weight.name: weight.mask(keep[weight.name]) for weight in weights}
+    for weight in weights:
+        weight.apply(masks[weight.name])
+    return PruneResult(model, masks, SparsityReport.of(masks), history)
