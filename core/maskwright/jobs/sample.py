@@ -62,7 +62,9 @@ def sample(run: Run) -> Result:
     rows = max(1, LOGITS // (length * speaker.backbone.vocabulary))
     generator = run.generator()
     drawn = [
-        sampler.sample(predict, SampleRequest(part.to(run.device), mask_token, generator, steps=request.steps))
+        sampler.sample(
+            predict, SampleRequest(part.to(run.device), mask_token, generator, steps=request.steps)
+        )
         for part in tokens.split(rows)
     ]
     seconds = time.monotonic() - started
@@ -136,7 +138,11 @@ def _embedded(run: Run, forward: bool) -> Speaker:
     source = trained.source
     trained.network.requires_grad_(False)
     return Speaker(
-        adapt(trained.network, "token"), source.tokenizer, source.mask_token, most, f"{name} ({OBJECTIVES[forward]})"
+        adapt(trained.network, "token"),
+        source.tokenizer,
+        source.mask_token,
+        most,
+        f"{name} ({OBJECTIVES[forward]})",
     )
 
 
