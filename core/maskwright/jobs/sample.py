@@ -135,12 +135,12 @@ def _embedded(run: Run, forward: bool) -> Speaker:
         source = load_text(data.source, length=most, vocabulary=data.vocabulary or 1024, seed=run.seed)
         _check_prompt(len(source.encode(request.prompt)), length)
     trained = embedded_language_model(run, objective=OBJECTIVES[forward])
-    source = trained.source
+    text: Any = trained.source
     trained.network.requires_grad_(False)
     return Speaker(
         adapt(trained.network, "token"),
-        source.tokenizer,
-        source.mask_token,
+        text.tokenizer,
+        text.mask_token,
         most,
         f"{name} ({OBJECTIVES[forward]})",
     )
