@@ -61,6 +61,11 @@ class Mask:
         return self.keep.shape
 
     @property
+    def ndim(self) -> int:
+        """1 + the axes of the grid."""
+        return len(self.shape)
+
+    @property
     def device(self) -> torch.device:
         """Where `keep` lies."""
         return self.keep.device
@@ -333,19 +338,21 @@ class AttentionMask(Mask):
                 f"A dense mask of {self.q_len} × {self.kv_len} would take {self.shape.numel() / 2**30:.0f} GiB; "
                 "use block_mask() with flex_attention, or evaluate `rule` where you need it."
             )
-        return self._evaluate(0, self.q_len)
+        return self.tile(0, self.q_len)
 
     @property
     def _rows(self) -> Tensor:
         return self.keep.reshape(self.batch, -1)
 
-    def _evaluate(self, q_first: int, q_end: int) -> Tensor:
+    def tile(self, q_first: int, q_end: int, k_first: int = 0, k_end: int | None = None) -> Tensor:
+        """The dense mask of a rectangle, ends excluded: bool [batch, heads, q_end - q_first, k_end - k_first]."""
+        k_end = self.kv_len if k_end is None else k_end
         b = torch.arange(self.batch, device=self.device).view(-1, 1, 1, 1)
         h = torch.arange(self.heads, device=self.device).view(1, -1, 1, 1)
         q = torch.arange(q_first, q_end, device=self.device).view(1, 1, -1, 1)
-        k = torch.arange(self.kv_len, device=self.device).view(1, 1, 1, -1)
+        k = torch.arange(k_first, k_end, device=self.device).view(1, 1, 1, -1)
         answer = torch.as_tensor(self.rule(b, h, q, k), dtype=torch.bool, device=self.device)
-        return answer.expand(self.batch, self.heads, q_end - q_first, self.kv_len)
+        return answer.expand(self.batch, self.heads, q_end - q_first, k_end - k_first)
 
     def __invert__(self) -> AttentionMask:
         rule, bounds = self.rule, self.bounds
@@ -408,20 +415,28 @@ class AttentionMask(Mask):
         return moved
 
     def block_mask(self, block_size: int = 128) -> BlockMask:
-        """flex_attention's BlockMask. Memory is one entry a block, never one a pair of positions."""
+        """flex_attention's BlockMask. Memory is four tables of one int32 a block, never one a pair of positions."""
         from torch.nn.attention.flex_attention import BlockMask
 
         some, every = self.blocks(block_size)
-        partial_count, partial_index = _ordered(some & ~every)
-        full_count, full_index = _ordered(every)
-        return BlockMask.from_kv_blocks(
-            partial_count,
-            partial_index,
-            full_count,
-            full_index,
-            BLOCK_SIZE=block_size,
-            mask_mod=self.rule,
+        partial = some & ~every
+        kv_count, kv_index = _ordered(partial)
+        full_kv_count, full_kv_index = _ordered(every)
+        q_count, q_index = _ordered(partial.mT)
+        full_q_count, full_q_index = _ordered(every.mT)
+        # Not `from_kv_blocks`: it sorts its way to the tables of the other direction, at ten times the time and memory.
+        return BlockMask(
             seq_lengths=(self.q_len, self.kv_len),
+            kv_num_blocks=kv_count,
+            kv_indices=kv_index,
+            full_kv_num_blocks=full_kv_count,
+            full_kv_indices=full_kv_index,
+            q_num_blocks=q_count,
+            q_indices=q_index,
+            full_q_num_blocks=full_q_count,
+            full_q_indices=full_q_index,
+            BLOCK_SIZE=(block_size, block_size),
+            mask_mod=self.rule,
         )
 
     def blocks(self, block_size: int = 128) -> tuple[Tensor, Tensor]:
@@ -448,7 +463,7 @@ class AttentionMask(Mask):
 
     def _visit(self, row: int, block_size: int, columns: int) -> tuple[Tensor, Tensor]:
         first = row * block_size
-        tile = self._evaluate(first, min(first + block_size, self.q_len))
+        tile = self.tile(first, min(first + block_size, self.q_len))
         padded = torch.nn.functional.pad(tile, (0, columns * block_size - self.kv_len))
         tiles = padded.unflatten(-1, (columns, block_size))
         every = tiles.all(-1).all(2, keepdim=True)
@@ -540,10 +555,24 @@ class AttentionMask(Mask):
         )
 
 
+_CHUNK = 2**22
+"""Blocks that `_ordered` sorts at a time, to bound the memory of the int64 indices in between."""
+
+
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [.., R] and, for each row, the column numbers with the marked ones first [.., R, C]."""
-    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1).to(torch.int32), order.to(torch.int32).contiguous()
+    """Counts [.., R] and, for each row, the column numbers with the marked ones first, both in order, [.., R, C]; int32."""
+    rows = blocks.reshape(-1, blocks.shape[-1])
+    order = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
+    chunk = max(1, _CHUNK // rows.shape[1])
+    for first in range(0, len(rows), chunk):
+        unmarked = ~rows[first : first + chunk]
+        if rows.device.type == "cpu":
+            # numpy sorts bools by counting them.
+            placed = torch.from_numpy(np.argsort(unmarked.numpy(), axis=1, kind="stable"))
+        else:
+            placed = unmarked.to(torch.int8).argsort(dim=1, stable=True)
+        order[first : first + chunk] = placed
+    return blocks.sum(-1, dtype=torch.int32), order.view(blocks.shape)
 
 
 # -- layouts -------------------------------------------------------------------------------------------------

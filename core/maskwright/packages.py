@@ -358,7 +358,7 @@ def _would_install(
     had = versions()
     if installer.name == "uv":
         words = _run(installer.install(packages, editable, upgrade, "--dry-run"), say)
-        found = re.findall(r"^ \+ ([\w.-]+)==(\S+)", words, flags=re.MULTILINE)
+        found = re.findall(r"^ \+ ([\w.-]+)(?:==| @ )(\S+)", words, flags=re.MULTILINE)
     else:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.json")

@@ -185,7 +185,7 @@ class Budget:
     def n_of_m(self) -> tuple[int, int]:
         """(N, M) of an N:M pattern. Raises `BadBudget` for any other budget."""
         kept, colon, group = str(self.pattern).partition(":")
-        if not (colon and kept.isdigit() and group.isdigit() and 0 < int(kept) < int(group)):
+        if not (colon and kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group)):
             raise BadBudget(
                 f"Budget pattern={self.pattern!r} must be N:M with 0 < N < M, such as 2:4 (2 of 4 are kept)."
             )

@@ -38,6 +38,7 @@ from maskwright.errors import (
     RegistryFileError,
     UnknownComponent,
     did_you_mean,
+    nearest,
 )
 
 if TYPE_CHECKING:
@@ -282,7 +283,8 @@ class Registry:
         """The shortest name that means this component: its own, or the qualified one where another has it too."""
         with self._reading():
             try:
-                return info.name if self._resolve(info.kind, info.name) == info else info.qualified
+                meant = self._resolve(info.kind, info.name)
+                return info.name if meant is info or meant == info else info.qualified
             except NameConflict:
                 return info.qualified
 
@@ -329,12 +331,17 @@ class Registry:
                 f"The {what} {name!r} belongs to the plugin {off[0]!r}, which is switched off "
                 "(MASKWRIGHT_DISABLE_PLUGINS, or `disabled`)."
             )
-        found = self.find(kind=kind)
-        known = [info.qualified for info in found] if "/" in name else self.names(kind)
+        known = self.names(kind)
+        meant = did_you_mean(name, known)
+        if "/" in name:  # another owner of the name, or another name of the owner
+            close = [
+                info.qualified for near in nearest(bare, known) for info in self.find(kind=kind, name=near)
+            ]
+            meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         if not known:
             said = f"There is no {what} {name!r}: no plugin offers any."
         else:
-            said = f"There is no {what} {name!r}.{did_you_mean(name, known)} `maskwright list` shows all {len(known)}."
+            said = f"There is no {what} {name!r}.{meant} `maskwright list` shows all {len(known)}."
         plugins = self.plugins()
         if broken := [plugin.slug for plugin in plugins if plugin.error]:
             said += f" Some plugins cannot be used ({', '.join(broken)}): see `maskwright doctor`."
@@ -589,12 +596,15 @@ class Registry:
         for file in self.files:
             origin = PluginInfo(slug="", module="", distribution=str(file), source="file", folder=file.parent)
             yield from read_catalogue(file, origin)
-        if self.third_party:
-            yield from third_party_catalogues(self.disabled)
+        for name, entries in third_party_catalogues() if self.third_party else ():
+            if self.disabled and _normal(name) in self.disabled:
+                self._switched_off.extend(info for _, components in entries for info in components)
+            else:
+                yield from entries
 
     def _admit(self, entries: Iterable[Entry]) -> None:
         for plugin, components in entries:
-            if {_normal(plugin.slug), _normal(plugin.distribution)} & self.disabled:
+            if self.disabled and {_normal(plugin.slug), _normal(plugin.distribution)} & self.disabled:
                 self._switched_off.extend(components)
                 continue
             self._plugins[plugin.key] = plugin
@@ -783,18 +793,16 @@ def _texts(table: Mapping[str, Any], key: str, path: Location, where: str) -> li
     return value
 
 
-def third_party_catalogues(disabled: frozenset[str] = frozenset()) -> Iterator[Entry]:
-    """The plugins of installed distributions, found through their entry points; none of them is imported.
+def third_party_catalogues() -> Iterator[tuple[str, list[Entry]]]:
+    """The plugins of installed distributions, by distribution, with the entry point's name; none of them is imported.
 
     What is wrong with one of them becomes the `error` of its plugin and never touches another.
     """
     read: set[str] = set()
-    for slug, module, distribution, version, beside in sorted(
-        _entry_points(), key=lambda one: (one[2], one[0])
+    for name, module, distribution, version, beside in sorted(
+        _entry_points(), key=lambda found: (found[2], found[0])
     ):
-        if disabled and {_normal(slug), _normal(distribution)} & disabled:
-            continue
-        folder, error, described, found = None, "", True, []
+        folder, error, described = None, "", True
         try:
             folder = module_folder(module, beside)
             catalogue = os.path.join(folder, "registry.toml") if folder else None
@@ -802,37 +810,28 @@ def third_party_catalogues(disabled: frozenset[str] = frozenset()) -> Iterator[E
                 error = f"its module {module!r} is not found"
             elif not os.path.isfile(catalogue):
                 described = False
-            elif catalogue in read:
-                continue
-            else:
+            elif catalogue not in read:
                 read.add(catalogue)
                 origin = PluginInfo(
                     "", "", distribution=distribution, version=version, source="third-party", folder=folder
                 )
-                found = read_catalogue(catalogue, origin)
+                yield name, read_catalogue(catalogue, origin)
         except Exception as problem:
-            error = (
-                str(problem)
-                if isinstance(problem, MaskwrightError)
-                else f"{type(problem).__name__}: {problem}"
-            )
+            error = f"{type(problem).__name__}: {problem}"
+            if isinstance(problem, MaskwrightError):
+                error = str(problem)
         if error or not described:
-            found = [
-                (
-                    PluginInfo(
-                        slug=slug,
-                        module=module,
-                        distribution=distribution,
-                        version=version,
-                        source="third-party",
-                        folder=folder,
-                        described=described,
-                        error=error,
-                    ),
-                    [],
-                )
-            ]
-        yield from found
+            plugin = PluginInfo(
+                name,
+                module,
+                distribution=distribution,
+                version=version,
+                source="third-party",
+                folder=folder,
+                described=described,
+                error=error,
+            )
+            yield name, [(plugin, [])]
 
 
 def _entry_points() -> Iterator[tuple[str, str, str, str, Path | None]]:

@@ -35,11 +35,10 @@ def setting(
             return
         where = f"{getattr(type(instance), 'name', type(instance).__name__)}: {attribute.name}={value!r}"
         sample = default if default is not attrs.NOTHING else None
+        whole = isinstance(sample, int) or attribute.type in (int, "int", int | None, "int | None")
         if isinstance(sample, bool) and not isinstance(value, bool):
             raise BadParameter(f"{where} must be true or false.")
-        if isinstance(sample, int) and (
-            not isinstance(value, int) or isinstance(value, bool) != isinstance(sample, bool)
-        ):
+        if whole and (not isinstance(value, int) or isinstance(value, bool) != isinstance(sample, bool)):
             raise BadParameter(f"{where} must be a whole number{f' {legal}' if legal else ''}.")
         numeric = isinstance(sample, float) or any(bound is not None for _, bound in bounds)
         if numeric and (isinstance(value, bool) or not isinstance(value, int | float)):

@@ -29,9 +29,9 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def probabilities(logits: Tensor, noise: Tensor | float, scale: float, temperature: float) -> Tensor:
-    """p = softmax((G·κ + g) / τ) over the candidates, the first axis (equation 5)."""
-    return torch.softmax((logits * scale + noise) / temperature, 0)
+def probabilities(logits: Tensor, noise: Tensor, scale: float, temperature: float) -> Tensor:
+    """p = softmax((G·κ + g) / τ) over the candidates, the first axis."""
+    return torch.softmax(torch.add(noise, logits, alpha=scale) / temperature, 0)
 
 
 def mixed(p: Tensor, patterns: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -173,11 +175,15 @@ def test_without_pip_and_uv_the_way_forward_is_named(monkeypatch):
 
 
 def test_what_uv_would_install_is_read_from_its_words(monkeypatch):
-    said = "Resolved 2 packages in 3ms\nWould install 2 packages\n + my-plugin==1.2\n + attrs==99.0\n - attrs==1.0"
+    said = "Resolved 2 packages in 3ms\nWould install 2 packages\n + my-plugin==1.2\n + attrs==99.0\n - attrs==1.0\n + own @ file:///x/own-1.whl"
     monkeypatch.setattr(packages, "_run", lambda command, say: said)
     monkeypatch.setattr(packages, "versions", lambda: {"attrs": "1.0"})
     changes = packages._would_install(Installer("uv", ("uv", "pip")), ["my-plugin"], [], False, print)
-    assert [str(one) for one in changes] == ["~ attrs 1.0 → 99.0", "+ my-plugin 1.2"]
+    assert [str(one) for one in changes] == [
+        "~ attrs 1.0 → 99.0",
+        "+ my-plugin 1.2",
+        "+ own file:///x/own-1.whl",
+    ]
 
 
 # -- how it fails --------------------------------------------------------------------------------------------
@@ -300,6 +306,130 @@ def test_the_outcome_for_people(monkeypatch):
     monkeypatch.setattr(packages, "install", lambda *_, **__: packages.Outcome())
     assert run("install", "a").stdout == "Nothing changed.\n"
     assert run("install", "a", "--dry-run").stdout == "Nothing would change.\n"
+
+
+INSTALLER = """
+import json, pathlib, shutil, sys
+site, words = pathlib.Path(sys.argv[1]), sys.argv[2:]
+print("Working on", words[-1])
+if "--report" in words:
+    report = {"install": [{"metadata": {"name": "Stand_In", "version": "2.0"}}]}
+    pathlib.Path(words[words.index("--report") + 1]).write_text(json.dumps(report))
+elif "uninstall" in words:
+    shutil.rmtree(site / "stand_in")
+    shutil.rmtree(site / "stand_in-1.0.dist-info")
+else:
+    for folder in ("stand_in", "stand_in-1.0.dist-info"):
+        (site / folder).mkdir()
+    (site / "stand_in" / "__init__.py").touch()
+    (site / "stand_in" / "registry.toml").write_text(
+        '[plugins.stand-in]\\nmodule = "stand_in"\\n[[plugins.stand-in.components]]\\nkind = "sampler"\\nname = "standing"\\n'
+    )
+    info = site / "stand_in-1.0.dist-info"
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: stand-in\\nVersion: 1.0\\n")
+    (info / "entry_points.txt").write_text("[maskwright]\\nstand-in = stand_in\\n")
+"""
+"""A stand-in for pip that knows one package and puts it on a path of its own."""
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Path:
+    """A folder on the path of this process and its children, into which the stand-in installs."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    )
+    (tmp_path / "installer.py").write_text(INSTALLER)
+    command = (sys.executable, str(tmp_path / "installer.py"), str(folder))
+    monkeypatch.setattr(packages, "find_installer", lambda: Installer("pip", command))
+    monkeypatch.setattr(packages.sysconfig, "get_path", lambda name: str(folder))
+    return folder
+
+
+def test_from_asking_to_telling(site):
+    done = run("install", "stand-in", "--dry-run")
+    assert (done.exit_code, done.stdout) == (0, "Would change:\n  + stand-in 2.0\n")
+    assert list(site.iterdir()) == []
+
+    done = run("install", "stand-in")
+    assert (done.exit_code, done.stderr) == (0, "Working on stand-in\n")
+    assert done.stdout == "  + stand-in 1.0\nGained:\n  sampler  standing  (stand-in 1.0)\n"
+
+    assert run("install", "stand-in", "-n").stdout == "Would change:\n  ~ stand-in 1.0 → 2.0\n"
+    lost = "  - stand-in 1.0\nLost:\n  sampler  standing  (stand-in 1.0)\n"
+    assert run("uninstall", "Stand_In", "--dry-run").stdout == f"Would change:\n{lost}"
+    assert (site / "stand_in").exists()
+    assert run("uninstall", "--yes", "Stand_In").stdout == lost
+    assert not (site / "stand_in").exists()
+
+
+def test_the_lock_tells_who_has_it_and_is_given_back(site):
+    said: list[str] = []
+    with packages.alone(said.append):
+        assert (site / ".maskwright-install.lock").read_text() == str(os.getpid())
+    with packages.alone(said.append):
+        pass
+    assert said == []
+    assert (site / ".maskwright-install.lock").read_text() == ""
+
+
+def test_two_threads_of_installing_take_turns(site):
+    order: list[str] = []
+    first_is_in, waiting = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with packages.alone(order.append):
+            first_is_in.set()
+            waiting.wait(10)
+            order.append("first done")
+
+    def say(text: str) -> None:
+        order.append(text)
+        waiting.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    first_is_in.wait(10)
+    with packages.alone(say):
+        order.append("second done")
+    thread.join()
+    assert order[0].startswith(
+        f"Another maskwright (process {os.getpid()}) is changing this environment; waiting"
+    )
+    assert order[1:] == ["first done", "second done"]
+
+
+def test_where_only_the_users_own_packages_can_be_written_the_lock_lies_there(site, monkeypatch, tmp_path):
+    monkeypatch.setattr(packages, "_writable", lambda folder: False)
+    monkeypatch.setattr(packages.site, "getusersitepackages", lambda: str(tmp_path / "own"))
+    with packages.alone(print):
+        assert (tmp_path / "own" / ".maskwright-install.lock").exists()
+
+
+def test_a_read_only_environment_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(packages.sysconfig, "get_path", lambda name: str(tmp_path / "nowhere"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(InstallError, match=r"cannot be changed: .*nowhere is not writable"):
+        packages.find_installer()
+
+
+def test_an_environment_that_cannot_be_listed_is_no_traceback(monkeypatch):
+    monkeypatch.setattr(packages, "_SNAPSHOT", "raise RuntimeError('broken')")
+    with pytest.raises(InstallError, match="cannot be listed: RuntimeError: broken"):
+        packages.installed()
+
+
+def test_a_terminal_is_asked(monkeypatch):
+    removed: list[object] = []
+    monkeypatch.setattr(packages, "installed_plugin", lambda text: text)
+    monkeypatch.setattr(packages, "uninstall", lambda names, **_: removed.append(names) or packages.Outcome())
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
+    assert run("uninstall", "my-plugin", input="n\n").exit_code == 1
+    assert removed == []
+    assert run("uninstall", "my-plugin", input="y\n").exit_code == 0
+    assert removed == [["my-plugin"]]
 
 
 def test_importing_it_imports_no_torch():

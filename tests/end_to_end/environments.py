@@ -43,6 +43,7 @@ class Environment:
             "PIP_NO_BUILD_ISOLATION": "0",  # pip's spelling of --no-build-isolation
             "COLUMNS": "200",
             "NO_COLOR": "1",
+            "MASKWRIGHT_CACHE": str(self.folder / "cache"),
         }
         more.setdefault("cwd", self.folder)
         more.setdefault("timeout", 120)

@@ -73,7 +73,7 @@ MISSING = plugin(
     "mw-missing", "missing-mask", before="import a_package_nobody_has\n", more='extras = ["fast"]'
 )
 HANGS = plugin("mw-hangs", "hanging-mask", before="import time; time.sleep(3600)\n")
-TAKES = plugin("mw-takes", "random")
+TAKES = plugin("mw-takes", "tube")
 TWIN_A = plugin("mw-twin-a", "twin-mask")
 TWIN_B = plugin("mw-twin-b", "twin-mask")
 MALFORMED = plugin("mw-malformed", "malformed-mask", catalogue="[plugins.mw-malformed\nmodule = 'x'\n")
@@ -87,3 +87,48 @@ TROUBLED = (GOOD, RAISES, MISSING, HANGS, TAKES, TWIN_A, TWIN_B, MALFORMED, SILE
 def generated(count: int) -> list[Wheel]:
     """Good plugins in number."""
     return [plugin(f"mw-many-{i:04}", f"many-{i:04}") for i in range(count)]
+
+
+OBSERVER = """\
+import json, os
+from maskwright import hookimpl
+
+def note(*words):
+    with open(os.environ["MASKWRIGHT_TEST_SPY"], "a") as file:
+        file.write(json.dumps(words) + "\\n")
+
+@hookimpl
+def maskwright_run_started(run):
+    note("started", run.job, run.steps)
+
+@hookimpl
+def maskwright_mask_drawn(run, mask):
+    note("mask", *mask.shape)
+
+@hookimpl
+def maskwright_step_ended(run, metrics):
+    note("step", metrics["step"], "loss" in metrics)
+
+@hookimpl
+def maskwright_run_ended(run, result):
+    note("ended", os.path.basename(run.folder))
+"""
+
+GRUMPY = """\
+from maskwright import hookimpl
+
+@hookimpl
+def maskwright_step_ended(run, metrics):
+    raise RuntimeError("no more steps, please")
+"""
+
+
+def observer(name: str, source: str) -> Wheel:
+    """A distribution with an observer and no component."""
+    module = name.replace("-", "_")
+    table = f'[plugins.{name}]\nmodule = "{module}"\ntitle = "An observer of the tests"\n'
+    return Wheel(name, {name: module}, {f"{module}/__init__.py": source, f"{module}/registry.toml": table})
+
+
+WATCHING = observer("mw-watching", OBSERVER)
+GRUMBLING = observer("mw-grumbling", GRUMPY)

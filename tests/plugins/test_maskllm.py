@@ -68,7 +68,7 @@ def test_each_block_of_a_mixture_sums_to_n(n, m):
 def test_the_case_of_one_block(fraction, expected, kept):
     logits = torch.tensor([0.03, 0, 0, 0, 0, -0.03], dtype=torch.float64)[:, None]
     temperature, scale = linear(4, 0.05, fraction), linear(100, 500, fraction)
-    p = probabilities(logits, 0.0, scale, temperature)[:, 0]
+    p = probabilities(logits, torch.zeros_like(logits), scale, temperature)[:, 0]
     for place, value in zip((0, 1, 5), expected):
         if value is not None:
             assert p[place].item() == pytest.approx(value, abs=1e-6)
@@ -180,7 +180,7 @@ def test_regularisation_alone_ends_at_the_magnitude_mask():
     weight = randn(30, 4)
     logits = torch.zeros(6, 30, dtype=torch.float64, requires_grad=True)
     for _ in range(300):
-        mask = mixed(probabilities(logits, 0.0, 1.0, 1.0), S)
+        mask = mixed(probabilities(logits, torch.zeros_like(logits), 1.0, 1.0), S)
         (gradient,) = torch.autograd.grad((weight * mask).square().sum(), logits)
         logits = (logits + gradient).detach().requires_grad_()
     assert torch.equal(chosen(logits, S).bool(), keep_n_of_m(weight.abs(), 2, 4))

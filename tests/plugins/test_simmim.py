@@ -338,7 +338,7 @@ def test_a_mask_of_another_grid_is_refused():
 # -- company -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["random", "block", "simmim-blocks"])
+@pytest.mark.parametrize("name", ["random", "block", "simmim-blocks", "colormae"])
 def test_any_strategys_mask_trains_it(name):
     strategy = maskwright.create("mask-strategy", name, **({"min_block": 2} if name == "block" else {}))
     model, random = bound(), generator()

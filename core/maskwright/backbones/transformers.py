@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from maskwright.backbones import PatchBackbone, TokenBackbone, adapter
 from maskwright.errors import BackboneMismatch
-from maskwright.mask import AttentionMask
+from maskwright.mask import AttentionMask, Mask
+from maskwright.toolkit.attention import Slabs
 
 
 class TransformersViT(nn.Module):
@@ -88,8 +89,11 @@ def _patch_backbone(module: Any) -> nn.Module | None:
 class TransformersLM(nn.Module):
     """A causal or masked language model of transformers as a TokenBackbone. `model` is the wrapped model.
 
-    Attention rules reach the model as its own `attention_mask`: a bool [B, 1, Q, K] tensor for sdpa and eager, a
-    BlockMask where `attn_implementation="flex_attention"`.
+    An attention rule reaches the model as its `attention_mask`, through transformers' own attention interface: at the first
+    rule the model's attention implementation becomes "maskwright" (see `register_attention`), which is sdpa without a rule.
+    A model that was given "flex_attention" keeps it and gets a BlockMask; one that cannot change its implementation gets a
+    dense bool [B, heads, Q, K] mask (or 0 and most negative, for "eager"). A rule replaces the model's own rule entirely:
+    causality, sliding windows and all.
     """
 
     def __init__(self, model: Any, *, shift: int) -> None:
@@ -116,16 +120,70 @@ class TransformersLM(nn.Module):
         return self.model(**given).logits
 
     def _attention(self, attention: AttentionMask, tokens: Tensor) -> Any:
-        implementation = self.model.config._attn_implementation
-        if implementation == "flex_attention":
+        config = self.model.config
+        if config._attn_implementation not in (ATTENTION, "flex_attention"):
+            register_attention()
+            self.model.set_attn_implementation(ATTENTION)
+        if config._attn_implementation == ATTENTION:
+            return attention
+        if config._attn_implementation == "flex_attention":
             return attention.block_mask()
-        keep = attention.keep.expand(tokens.shape[0], -1, -1, -1)
-        if implementation == "eager":
-            dtype = self.model.get_input_embeddings().weight.dtype
-            return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(
-                ~keep, torch.finfo(dtype).min
-            )
-        return keep
+        keep = Mask(attention.keep.expand(tokens.shape[0], -1, -1, -1))
+        if config._attn_implementation == "eager":
+            return keep.as_additive(self.model.get_input_embeddings().weight.dtype)
+        return keep.as_sdpa()
+
+
+ATTENTION = "maskwright"
+"""The attention implementation under which transformers' models take an `AttentionMask`."""
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="maskwright"` known to transformers.
+
+    A model that uses it takes an `AttentionMask` as `attention_mask`, and no L × L mask is made for it; given a tensor or
+    nothing, it does what it does with "sdpa". Nothing of a model's code is touched, and its config does not save the name.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _attention_mask)
+
+
+def _attention_mask(*sizes: Any, attention_mask: Any = None, **arguments: Any) -> Any:
+    """Called once a forward by transformers' mask creation; what it returns goes to every layer."""
+    if isinstance(attention_mask, AttentionMask):
+        return Slabs(attention_mask)
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*sizes, attention_mask=attention_mask, **arguments)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """[B, H, Q, D], [B, G, K, D], [B, G, K, E] → [B, Q, H, E]: called by every layer."""
+    if not isinstance(attention_mask, Slabs):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
+        )
+    changed = [name for name in ("softcap", "s_aux", "position_bias") if arguments.get(name) is not None]
+    if changed:
+        raise BackboneMismatch(
+            f"{type(module).__name__} changes its attention scores ({', '.join(changed)}), which attention rules do not support; "
+            'load the model with attn_implementation="flex_attention".'
+        )
+    attended = attention_mask.attend(query, key, value, scale=scaling, dropout=dropout)
+    return attended.transpose(1, 2).contiguous(), None
 
 
 @adapter(TokenBackbone, "any …ForCausalLM", "any …ForMaskedLM")

@@ -51,11 +51,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 asked wrongly, 130 interrupted."""
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a terminal that cannot show a character shows "?", and no traceback
-        if hasattr(stream, "reconfigure"):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without a character shows "?" in its place
             stream.reconfigure(errors="replace")
     cli.main(prog_name="maskwright")
 

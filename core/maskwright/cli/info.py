@@ -177,10 +177,12 @@ def example(registry: Registry, one: ComponentInfo) -> str:
             )
             for signal in sorted(one.needs)
         )
+        # Some strategies measure in pixels.
+        pixels = ", patch_size=16" if modality in ("image", "video") else ""
         return (
             "import maskwright, torch\n"
             f"strategy = {made}\n"
-            f"layout = maskwright.Layout(batch=4, grid={grid})\n"
+            f"layout = maskwright.Layout(batch=4, grid={grid}{pixels})\n"
             f"mask = strategy.draw(layout, signals={{{signals}}}, progress=0.5, generator=torch.Generator().manual_seed(0))\n"
             "print(mask.removed_ratio)  # mask.keep is True where it is visible"
         )

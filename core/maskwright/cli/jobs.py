@@ -72,6 +72,12 @@ SHORTCUTS: dict[str, list[tuple[str, click.Option]]] = {
         _option("budget.flops", "--flops", type=float, metavar="X", help="Share of the FLOPs kept."),
         _option("budget.bits", "--bits", type=float, metavar="X", help="Mean bits a weight."),
         _option("budget.layers", "--layers", type=int, metavar="N", help="Layers kept."),
+        _option(
+            "output.export",
+            "--export",
+            metavar="FORMAT",
+            help="Also write compressed-tensors, or compressed-tensors-bitmask (smaller; for its versions up to 0.14).",
+        ),
         _BATCH,
         _SEED,
     ],

@@ -13,7 +13,7 @@ import click
 from maskwright.cli import health
 from maskwright.cli.completion import component_names, plugin_names, words
 from maskwright.cli.session import Session, pass_session
-from maskwright.cli.tables import Table, counted, shown
+from maskwright.cli.tables import Table, counted, shown, width
 
 if TYPE_CHECKING:
     from maskwright.registry import ComponentInfo, PluginInfo, Registry
@@ -46,7 +46,7 @@ HEADINGS = {
     "--plugin", metavar="NAME", shell_complete=plugin_names(), help="Those of one plugin or distribution."
 )
 @click.option("--long", is_flag=True, help="Plugin, module, paper and parameters as well.")
-@click.option("--json", "as_json", is_flag=True, help="For programs: see the README's schema.")
+@click.option("--json", "as_json", is_flag=True, help="For programs; docs/command-line.md has the keys.")
 @pass_session
 def list_components(
     session: Session,
@@ -110,16 +110,23 @@ def _block(
         table.add(
             click.style("!", fg="red") if broken else " ",
             click.style(registry.address(info), fg="red" if broken else "cyan"),
-            click.style(",".join(sorted(info.modalities)), dim=True),
+            click.style(_cut(",".join(sorted(info.modalities))), dim=True),
             info.summary,
             click.style(_origin(info.plugin), fg="yellow"),
         )
-    return "\n".join([heading, *table.lines(stretch=3, least=24)])
+    return "\n".join([heading, *table.lines(stretch=3, least=16)])
+
+
+def _cut(words: str) -> str:
+    """At most twelve characters where the terminal is narrow."""
+    room = width()
+    return words if room is None or room >= 110 or len(words) <= 12 else f"{words[:11]}…"
 
 
 def _entry(registry: Registry, info: ComponentInfo, problems: Mapping[tuple[str, str], str]) -> str:
     plugin = info.plugin
     rows = [
+        ("decides", info.summary),
         ("modalities", ", ".join(sorted(info.modalities))),
         ("needs", ", ".join(sorted(info.needs))),
         ("provides", ", ".join(sorted(info.provides))),
@@ -131,7 +138,7 @@ def _entry(registry: Registry, info: ComponentInfo, problems: Mapping[tuple[str,
         ("plugin", f"{plugin.slug} ({plugin.module}), {plugin.source}, {plugin.origin}"),
         ("broken", problems.get(plugin.key, "")),
     ]
-    lines = [f"  {click.style(registry.address(info), fg='cyan')}  {info.summary}"]
+    lines = [f"  {click.style(registry.address(info), fg='cyan')}"]
     table = Table(indent="    ")
     for label, text in rows:
         if text:

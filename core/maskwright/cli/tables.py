@@ -1,6 +1,6 @@
 """Aligned columns for the terminal, as wide as it is; plain and whole when the output is piped.
 
-Colour is click's business: it leaves it out when the output is no terminal. NO_COLOR and FORCE_COLOR are heeded in `colour`.
+Colour is click's business, which leaves it out when the output is no terminal; `colour` heeds NO_COLOR.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ def reason(error: BaseException) -> str:
     """An error's first line, without the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).partition("\n")[0].strip() or type(error).__name__
+    said = str(error).partition("\n")[0].strip().removeprefix("Error while serializing: ")
+    return said.removeprefix("I/O error: ") or type(error).__name__
 
 
 def _state_of(thing: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from maskwright.backbones import ConvBackbone, PatchBackbone, TokenBackbone
 from maskwright.errors import BackboneMismatch, UsageError
 from maskwright.jobs import models
-from maskwright.jobs.batches import Batches
+from maskwright.jobs.batches import Batches, Source
 from maskwright.jobs.probes import knn_accuracy, linear_accuracy
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings, resolve
@@ -31,7 +31,8 @@ HELD_OUT = 512
 PROBED = 2000
 """Training images that the probes learn from, at most."""
 
-PICTURES = 8
+PICTURES, CANDIDATES = 8, 64
+"""Held-out images that the report shows, and from how many they are chosen."""
 
 EMBEDDED_STEPS = 240
 """Steps of the embedded language model that other jobs begin with: about a minute on two cores."""
@@ -44,7 +45,6 @@ class Trained:
     module: MaskedTraining
     network: nn.Module
     source: ImageSource | TextSource
-    last: Mapping[str, float]
 
 
 def pretrain(run: Run) -> Result:
@@ -113,17 +113,16 @@ def train(run: Run) -> Trained:
             _set_up_distribution(run, module, batches)
         wrapped, optimizer = run.accelerator.prepare(module, optimizer)
         module.mask_drawn = run.mask_drawn
-        last: dict[str, float] = {}
         for step in run.steps(total, {"model": module, "optimizer": optimizer}):
             rate = learning_rate(step, settings.run.lr or 1e-3, settings.run.warmup or 0.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            last = _step(run, step, wrapped, optimizer, batches[step.index])
-            run.log(step, **last, lr=rate)
+            numbers = _step(run, step, wrapped, optimizer, batches[step.index])
+            run.log(step, **numbers, learning_rate=rate)
         module.mask_drawn = None
     run.accelerator.free_memory()
     module.eval()
-    return Trained(module, network, source, last)
+    return Trained(module, network, source)
 
 
 def _step(
@@ -141,9 +140,9 @@ def _step(
     run.check_finite(means["loss"], "loss", step)
     run.accelerator.backward(loss)
     if run.settings.run.clip:
-        norm = run.accelerator.clip_grad_norm_(module.parameters(), run.settings.run.clip)
-        means["grad_norm"] = float(norm)
-        run.check_finite(means["grad_norm"], "gradient norm", step)
+        norm = float(run.accelerator.clip_grad_norm_(module.parameters(), run.settings.run.clip))
+        run.check_finite(norm, "gradient norm", step)
+        means["gradient_norm"] = norm
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return means
@@ -227,7 +226,7 @@ def conclude(run: Run, trained: Trained) -> Result:
         "strategy": run.settings.require("strategy").name,
         "objective": run.settings.require("objective").name,
         "steps": run.settings.run.steps,
-        "final_loss": trained.last.get("loss", _last_logged(run)),
+        "final_loss": run.recent("loss"),
         **held_out(trained, run),
         "parameters": sum(one.numel() for one in trained.network.parameters()),
         "processes": run.processes,
@@ -246,12 +245,6 @@ def conclude(run: Run, trained: Trained) -> Result:
         pictures=pictures(trained, run) if isinstance(source, ImageSource) else None,
         files=files,
     )
-
-
-def _last_logged(run: Run) -> float | None:
-    """The loss of the last line of metrics.jsonl: a run that was resumed after its last step made none."""
-    lines = (run.folder / "metrics.jsonl").read_text("utf-8").splitlines() if run.is_main else []
-    return json.loads(lines[-1]).get("loss") if lines else None
 
 
 def held_out(trained: Trained, run: Run) -> dict[str, float]:
@@ -320,9 +313,9 @@ def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
     """`originals` in [0, 1], `masks` and, where the objective makes them, `reconstructions` of some held-out images."""
     source = trained.source
     assert isinstance(source, ImageSource)
-    fixed = source.evaluation("held_out")
-    chosen = torch.linspace(0, len(fixed) - 1, min(PICTURES, len(fixed))).round().long()
-    batch = {name: column.to(run.device) for name, column in fixed.batch(chosen).items()}
+    seen = spread_over(source.evaluation("held_out"), CANDIDATES)
+    chosen = most_detailed(seen["pixels"], seen["labels"], PICTURES)
+    batch = {name: column[chosen].to(run.device) for name, column in seen.items()}
     with torch.no_grad():
         out = trained.module(**batch)
     tensors = {"originals": source.denormalize(batch["pixels"])}
@@ -333,6 +326,21 @@ def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
     if reconstruction is not None and reconstruction.shape == batch["pixels"].shape:
         tensors["reconstructions"] = source.denormalize(reconstruction)
     return tensors
+
+
+def most_detailed(pixels: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Indices of `count` images, the classes in turn, of the half of each class whose values spread widest.
+
+    An empty sky shows nothing of what a model has learned.
+    """
+
+    def turn(order: Tensor) -> Tensor:
+        """How many of the same class come before, for each image in an order."""
+        return (labels[order, None] == labels[order]).tril(-1).sum(1)
+
+    detailed = pixels.flatten(1).std(1).argsort(descending=True, stable=True)
+    half = detailed[turn(detailed) < (labels.bincount()[labels[detailed]] + 1) // 2].sort().values
+    return half[turn(half).argsort(stable=True)][:count]
 
 
 def preprocessing(source: ImageSource) -> str:
@@ -351,8 +359,13 @@ def preprocessing(source: ImageSource) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-def _batches(source: Any, most: int, run: Run) -> Iterator[dict[str, Tensor]]:
-    """The first samples, or evenly spread ones where there are more than `most`, in batches on the device."""
+def spread_over(source: Source, most: int) -> dict[str, Tensor]:
+    """At most `most` samples of a source, evenly spread over it."""
+    return source.batch(torch.linspace(0, len(source) - 1, min(most, len(source))).round().long())
+
+
+def _batches(source: Source, most: int, run: Run) -> Iterator[dict[str, Tensor]]:
+    """The same in batches on the device."""
     chosen = torch.linspace(0, len(source) - 1, min(most, len(source))).round().long()
     for part in chosen.split(run.settings.run.batch_size or 64):
         yield {name: column.to(run.device) for name, column in source.batch(part).items()}

@@ -264,8 +264,9 @@ def _pretrain(run: Run) -> dict[str, Any]:
         "numbers": [
             *_headline(
                 run,
-                ("final loss", ("final_loss", "loss"), say, ""),
+                ("final loss", ("final_loss", "loss"), say, "mean of the last steps"),
                 ("held-out loss", ("held_out_loss",), say, ""),
+                ("perplexity", ("perplexity",), say, "held out"),
                 ("linear probe", ("linear_probe",), share, "accuracy, held out"),
                 ("kNN probe", ("knn_probe",), share, "accuracy, held out"),
             ),

@@ -108,8 +108,17 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._exit.close()
+        if isinstance(error, UsageError) and self.is_main and not self.resumed:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Remove the folder of a run that was asked for wrongly and so never began."""
+        for name in ("run.toml", "metrics.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _leave_group(self) -> None:
         if self._owns_group and dist.is_available() and dist.is_initialized():
@@ -249,6 +258,15 @@ class Run:
             if self._observers:
                 self._observers.tell("maskwright_step_ended", run=self.info, metrics=line)
 
+    def recent(self, name: str) -> float | None:
+        """The mean of a metric over the last twentieth of its lines, in the main process; None where there is none."""
+        if not self.is_main:
+            return None
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_bytes().splitlines())
+        values = [line[name] for line in lines if name in line]
+        last = values[-max(len(values) // 20, 1) :]
+        return sum(last) / len(last) if last else None
+
     def check_finite(self, value: float, name: str, step: Step) -> None:
         """Raise `NumericalError` when a number of a step is not finite."""
         if not math.isfinite(value):
@@ -276,22 +294,24 @@ class Run:
         pictures: Mapping[str, Tensor] | None = None,
         samples: Iterable[Mapping[str, Any]] | None = None,
         files: Mapping[str, str] | None = None,
+        counted: Callable[[Path], Mapping[str, Any]] | None = None,
     ) -> Result:
         """Write what the job leaves: model/, masks, pictures, samples, summary.json and report.html, each whole or not.
 
         `model` and `tokenizer` have `save_pretrained`; a module without it is saved as model/model.safetensors. `files` are
-        texts to lie beside the model, by name. In all processes but the first nothing is written.
+        texts to lie beside the model, by name. `counted` adds to the summary what it reads from the run's folder, with model and
+        masks in it. In all processes but the first nothing is written.
         """
         from safetensors.torch import save
 
         from maskwright.jobs.report import write_report
 
-        told = {"job": self.job, "finished": True, **summary, "seconds": round(self.seconds, 3)}
+        told: dict[str, Any] = {"job": self.job, "finished": True, **summary}
         if not self.is_main:
-            return Result(self.folder, told, None)
+            return Result(self.folder, {**told, "seconds": round(self.seconds, 3)}, None)
         if model is not None:
             with self._writing(self.folder / "model"), _whole_folder(self.folder / "model") as temporary:
-                _save_model(self.accelerator.unwrap_model(model), temporary)
+                _save_model(model, temporary)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
                 for name, text in (files or {}).items():
@@ -305,6 +325,7 @@ class Run:
         if samples is not None:
             lines = "".join(json.dumps(dict(one), ensure_ascii=False) + "\n" for one in samples)
             self._write("samples.jsonl", lines.encode("utf-8"))
+        told |= {**(counted(self.folder) if counted is not None else {}), "seconds": round(self.seconds, 3)}
         self._write("summary.json", (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
         report = write_report(self.folder)
         if self._observers:
@@ -643,20 +664,16 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _save_model(model: Any, folder: Path) -> None:
+    model = getattr(model, "module", model)  # the model inside DistributedDataParallel
     if not hasattr(model, "save_pretrained"):
         from safetensors.torch import save_model
 
         save_model(model, str(folder / "model.safetensors"))
         return
-    from transformers.utils import logging
+    from maskwright.jobs.models import quiet_transformers
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers():
         model.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import attrs
@@ -32,6 +33,9 @@ class RunSection:
     clip: float | None = setting(None, "gradient norm; 0 clips nothing", ge=0, optional=True)
     log_every: int | None = setting(None, "steps between lines of metrics.jsonl", ge=1, optional=True)
     save_every: int | None = setting(None, "steps between checkpoints", ge=1, optional=True)
+    calibration: int | None = setting(
+        None, "sequences on which a pruner measures a layer's inputs", ge=1, optional=True
+    )
 
 
 @attrs.frozen
@@ -94,6 +98,30 @@ class RequestSection:
 
 
 @attrs.frozen
+class PrunableSection:
+    """[prunable]: which weights may be pruned, by wildcards on their names; None is the rule of maskwright.toolkit.prunable."""
+
+    include: tuple[str, ...] | None = setting(
+        None, "names that may be pruned, such as *.mlp.*", optional=True
+    )
+    exclude: tuple[str, ...] | None = setting(
+        None, "names that stay dense, beside or instead of heads", optional=True
+    )
+    types: tuple[str, ...] | None = setting(None, "module types: Linear, Conv1D, Conv2d", optional=True)
+
+
+@attrs.frozen
+class OutputSection:
+    """[output]: what a pruning leaves beside model/."""
+
+    export: str = setting(
+        "none",
+        "another format of the pruned model, in a folder of that name",
+        choices=("none", "compressed-tensors", "compressed-tensors-bitmask"),
+    )
+
+
+@attrs.frozen
 class Settings:
     """Everything that decides a run. Sections that a job does not have are None."""
 
@@ -104,6 +132,8 @@ class Settings:
     objective: ComponentSection | None = None
     pruner: ComponentSection | None = None
     budget: Mapping[str, Any] | None = None
+    prunable: PrunableSection | None = None
+    output: OutputSection | None = None
     sampler: ComponentSection | None = None
     request: RequestSection | None = None
 
@@ -157,16 +187,20 @@ _CLASSES: dict[str, type] = {
     "run": RunSection,
     "model": ModelSection,
     "data": DataSection,
+    "prunable": PrunableSection,
+    "output": OutputSection,
     "request": RequestSection,
 }
-_TRAINING = tuple(field.name for field in attrs.fields(RunSection))
+_TRAINING = tuple(field.name for field in attrs.fields(RunSection) if field.name != "calibration")
 
 JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": None, "data": None},
     "prune": {
-        "run": ("job", "seed", "batch_size", "log_every", "save_every"),
+        "run": ("job", "seed", "batch_size", "calibration", "log_every", "save_every"),
         "pruner": None,
         "budget": _BUDGETS,
+        "prunable": None,
+        "output": None,
         "model": None,
         "data": None,
     },
@@ -180,7 +214,7 @@ _EVERY: Table = {"log_every": 1, "save_every": 100}
 DEFAULTS: dict[str, dict[str, Table]] = {
     "pretrain": {"run": {**_OPTIMISER, **_EVERY}, "objective": {"name": "mae"}},
     "prune": {
-        "run": {"batch_size": 8, **_EVERY},
+        "run": {"batch_size": 8, "calibration": 128, **_EVERY},
         "pruner": {"name": "sparsegpt"},
         "budget": {"pattern": "2:4"},
         "data": {"source": "standard-library"},
@@ -241,11 +275,13 @@ def resolve(
         sources.insert(0, (str(run_file), _read(Path(run_file))))
     given: dict[str, Table] = {}
     for origin, tables in sources:
+        run = tables.get("run")
+        stated = run.get("job", job) if isinstance(run, Mapping) else job
+        if isinstance(stated, str) and stated != job:
+            advice = f"use `maskwright {stated}`." if stated in JOBS else f"jobs are {', '.join(JOBS)}."
+            raise BadRunFile(f"{origin}: this is of the job {stated!r}, not {job!r}; {advice}")
         _check(job, tables, origin)
         given = _merge(given, tables)
-    stated = given.get("run", {}).get("job", job)
-    if stated != job:
-        raise BadRunFile(f"This run file is of the job {stated!r}: use `maskwright {stated}`.")
     tables = _merge(_defaults(job, given, registry), given)
     tables = _merge(tables, {"run": {"job": job}})
     return _build(job, tables)
@@ -301,11 +337,23 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Table]:
     for key, value in overrides.items():
         first, dot, rest = key.partition(".")
         piece = nested({rest: value}) if dot else value
-        if isinstance(piece, Mapping) and isinstance(tables.get(first), dict):
-            tables[first] = {**tables[first], **piece}
-        else:
-            tables[first] = dict(piece) if isinstance(piece, Mapping) else piece
+        tables[first] = _deep(tables.get(first), piece)
     return tables
+
+
+def _deep(old: Any, new: Any) -> Any:
+    """Two values of one key: tables are merged all the way down, of anything else the later one counts.
+
+    A table that names another component takes nothing from the one it replaces.
+    """
+    if not isinstance(new, Mapping):
+        return new
+    merged = dict(old) if isinstance(old, Mapping) else {}
+    if "name" in merged and new.get("name", merged["name"]) != merged["name"]:
+        merged = {}
+    for key, value in new.items():
+        merged[key] = _deep(merged.get(key), value)
+    return merged
 
 
 def _read(path: Path) -> dict[str, Table]:
@@ -324,12 +372,7 @@ def _read(path: Path) -> dict[str, Table]:
 def _merge(weak: Mapping[str, Table], strong: Mapping[str, Table]) -> dict[str, Table]:
     merged = {name: dict(table) for name, table in weak.items()}
     for name, table in strong.items():
-        old = merged.get(name, {})
-        if name == "budget" and table:
-            old = {}
-        if name in COMPONENTS and table.get("name", old.get("name")) != old.get("name"):
-            old = {}
-        merged[name] = {**old, **table}
+        merged[name] = dict(table) if name == "budget" and table else _deep(merged.get(name), table)
     return merged
 
 
@@ -370,13 +413,15 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
     "str": ((str,), "a text"),
     "tuple[float, ...]": ((list, tuple), "a list of numbers"),
+    "tuple[str, ...]": ((list, tuple), "a list of texts"),
 }
 
 
 def _check_type(where: str, field: attrs.Attribute[Any], value: Any) -> None:
     kinds, words = _TYPES[str(field.type).removesuffix(" | None")]
+    inside: type | UnionType = str if "str" in str(field.type) else int | float
     listed = not isinstance(value, list | tuple) or all(
-        isinstance(item, int | float) and not isinstance(item, bool) for item in value
+        isinstance(item, inside) and not isinstance(item, bool) for item in value
     )
     if isinstance(value, bool) or not isinstance(value, kinds) or not listed:
         raise BadRunFile(f"{where} must be {words}, not {value!r}.")

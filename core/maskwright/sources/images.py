@@ -122,8 +122,8 @@ def load_images(
     """The images named "digits" or "photographs", or those of a folder, as squares of `size` pixels.
 
     - "digits": scikit-learn's 8 × 8 digits, enlarged; the last fifth (other writers) is held out; crops, no mirroring.
-    - "photographs": random crops of scikit-learn's two photographs, `crops` of them an epoch, from the left two thirds; those
-      held out come from the right third. The label is the photograph.
+    - "photographs": random crops of scikit-learn's two photographs, `crops` of them an epoch, from the upper and the lower
+      three eighths; those held out come from the quarter between. The label is the photograph.
     - a folder: every image in it and its sub-folders, with sub-folder names as labels when all images lie in sub-folders;
       every fifth image of a label is held out.
 
@@ -177,13 +177,16 @@ def _photographs(size: int, channels: int, crops: int, seed: int) -> ImageSource
 
     bundle = load_sample_images()
     photographs = [Image.fromarray(image).convert(_mode(channels)) for image in bundle.images]
-    regions = {
-        "train": [one.crop((0, 0, one.width * 2 // 3, one.height)) for one in photographs],
-        "held_out": [one.crop((one.width * 2 // 3, 0, one.width, one.height)) for one in photographs],
-    }
+
+    def band(first: int, end: int) -> list[Image.Image]:
+        return [
+            one.crop((0, one.height * first // 8, one.width, one.height * end // 8)) for one in photographs
+        ]
+
+    labels = torch.arange(len(photographs))
     parts = {
-        "train": Stack(regions["train"], torch.arange(2), crops),
-        "held_out": Stack(regions["held_out"], torch.arange(2), max(2, crops // 4)),
+        "train": Stack(band(0, 3) + band(5, 8), labels.repeat(2), crops),
+        "held_out": Stack(band(3, 5), labels, max(2, crops // 4)),
     }
     return _source(
         "scikit-learn's photographs",

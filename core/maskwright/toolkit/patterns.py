@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import combinations
 from math import comb
@@ -31,8 +32,8 @@ CANDIDATES_LIMIT = 10_000
 """`candidates` refuses to list more patterns than this (8:16 has 12,870)."""
 
 _LANES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 20
-"""Elements worked on at a time: few enough to stay in a cache, many enough to be shared by threads."""
+_CHUNK = 1 << 17
+"""Elements worked on at a time: few enough to stay in a cache, many enough for Python not to be noticed."""
 
 
 def candidates(n: int, m: int) -> Tensor:
@@ -90,25 +91,37 @@ def _by_lanes(scores: Tensor, n: int, m: int, magnitude: bool) -> Tensor:
     bytes, so a group of M is one integer: adding that integer counts wins for the left of each pair, and subtracting it
     moved by s bytes counts losses of the right. The sum in each byte lies in [0, M), so that no byte overflows.
     """
-    kind, device = _LANES[m], scores.device
-    flat, keep = scores.view(-1), torch.empty(scores.shape, dtype=torch.bool, device=device)
-    size = min(_CHUNK, flat.numel())
-    values = torch.zeros(size + m - 1, dtype=scores.dtype, device=device)
-    beats = torch.empty(size, dtype=torch.bool, device=device)
-    lanes = beats.view(kind)
-    wins = torch.empty_like(lanes)
+    keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    pieces = list(zip(scores.detach().view(-1).split(_CHUNK), keep.view(-1).split(_CHUNK)))
     # Each entry begins with one win over every one before it, which the comparisons then confirm or take away.
     first = sum(position << 8 * position for position in range(m))
-    for at in range(0, flat.numel(), size):
-        count = min(size, flat.numel() - at)
-        chunk, left, won = flat[at : at + count], lanes[: count // m], wins[: count // m]
-        here = torch.abs(chunk, out=values[:count]) if magnitude else values[:count].copy_(chunk)
-        for apart in range(1, m):
-            torch.ge(here, values[apart : count + apart], out=beats[:count])
-            pairs = sum(1 << 8 * position for position in range(m - apart))
-            left.bitwise_and_(pairs).mul_(1 - (1 << 8 * apart))
-            won = torch.add(left, first, out=won) if apart == 1 else won.add_(left)
-        torch.ge(won.view(torch.uint8), m - n, out=keep.view(-1)[at : at + count])
+    pairs = [
+        (apart, sum(1 << 8 * position for position in range(m - apart)), 1 - (1 << 8 * apart))
+        for apart in range(1, m)
+    ]
+
+    def count(part: list[tuple[Tensor, Tensor]]) -> None:
+        size = part[0][0].numel()
+        values = torch.zeros(size + m - 1, dtype=scores.dtype, device=scores.device)
+        beats = torch.empty(size, dtype=torch.bool, device=scores.device)
+        lanes = beats.view(_LANES[m])
+        wins = torch.empty_like(lanes)
+        for chunk, out in part:
+            here = values[: chunk.numel()]
+            torch.abs(chunk, out=here) if magnitude else here.copy_(chunk)
+            wins.fill_(first)
+            for apart, real, signed in pairs:
+                torch.ge(values[:size], values[apart : size + apart], out=beats)
+                wins.add_(lanes.bitwise_and_(real), alpha=signed)
+            torch.ge(wins.view(torch.uint8)[: chunk.numel()], m - n, out=out)
+
+    threads = min(torch.get_num_threads(), len(pieces)) if scores.device.type == "cpu" else 1
+    if threads == 1:
+        count(pieces)
+    else:
+        # Each thread goes through its own chunks: sharing out every one of the many short steps costs more than it saves.
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(count, [pieces[start::threads] for start in range(threads)]))
     return keep
 
 
