@@ -57,8 +57,12 @@ def measure(seed: int) -> Mapping[str, float]:
     return {
         "first-hitting, chi-square against the exact law (p)": p_value(chain, "first-hitting", seed),
         "ancestral, T = 1000, the same (p)": p_value(chain, "ancestral", seed, steps=STEPS),
-        "ancestral, T = 4, exact total variation": float((chain.ancestral_law(4) - chain.law).abs().sum() / 2),
-        "ancestral, T = 64, exact total variation": float((chain.ancestral_law(64) - chain.law).abs().sum() / 2),
+        "ancestral, T = 4, exact total variation": float(
+            (chain.ancestral_law(4) - chain.law).abs().sum() / 2
+        ),
+        "ancestral, T = 64, exact total variation": float(
+            (chain.ancestral_law(64) - chain.law).abs().sum() / 2
+        ),
         "first-hitting, network calls for 64 tokens": calls,
         "ancestral, T = 1000, network calls": every,
         "ancestral, T = 1000, network calls with cache": cached,
