@@ -48,7 +48,7 @@ def test_list_shows_every_described_component_with_its_distribution(listed):
         "missing-mask": "mw-missing 1.0",
         "hanging-mask": "mw-hangs 1.0",
         "promised-mask": "mw-lies 1.0",
-        "mw-takes/random": "mw-takes 1.0",
+        "mw-takes/tube": "mw-takes 1.0",
         "mw-twin-a/twin-mask": "mw-twin-a 1.0",
         "mw-twin-b/twin-mask": "mw-twin-b 1.0",
     }.items():
@@ -57,7 +57,7 @@ def test_list_shows_every_described_component_with_its_distribution(listed):
 
 
 def test_list_tells_built_in_components_apart(listed):
-    (line,) = lines_with(listed, "random")
+    (line,) = lines_with(listed, "tube")
     assert "mw-" not in line
     assert "maskwright 0" not in line
 
@@ -75,7 +75,7 @@ def test_list_as_json_has_the_same(troubled, listed):
     content = json.loads(troubled.run("list", "--json").stdout)
     assert content["schema"] == 1
     addresses = {one["address"] for one in content["components"] if one["source"] == "third-party"}
-    assert {"good-mask", "mw-takes/random", "mw-twin-a/twin-mask"} <= addresses
+    assert {"good-mask", "mw-takes/tube", "mw-twin-a/twin-mask"} <= addresses
     plugins = {one["distribution"]: one for one in content["plugins"]}
     assert plugins["mw-good"]["version"] == "1.2"
     assert not plugins["mw-silent"]["described"]
@@ -109,7 +109,7 @@ def test_info_on_what_has_no_answer_is_one_sentence(troubled, name, words):
 
 
 def test_info_on_a_name_taken_twice_is_about_the_built_in_one(troubled):
-    done = troubled.run("info", "random")
+    done = troubled.run("info", "tube")
     assert done.returncode == 0
     assert "mw-takes" not in done.stdout.partition("Parameters")[0]
 
@@ -131,7 +131,7 @@ def test_doctor_finds_the_others_in_order_whatever_stands_beside_them(examined, 
 
 def test_doctor_names_the_conflicts(examined):
     conflicts = {one["name"]: one["claims"] for one in examined["conflicts"]}
-    assert conflicts["random"] == ["random", "mw-takes/random"]
+    assert conflicts["tube"] == ["tube", "mw-takes/tube"]
     assert sorted(conflicts["twin-mask"]) == ["mw-twin-a/twin-mask", "mw-twin-b/twin-mask"]
     assert not examined["ok"]
 

@@ -73,7 +73,7 @@ MISSING = plugin(
     "mw-missing", "missing-mask", before="import a_package_nobody_has\n", more='extras = ["fast"]'
 )
 HANGS = plugin("mw-hangs", "hanging-mask", before="import time; time.sleep(3600)\n")
-TAKES = plugin("mw-takes", "random")
+TAKES = plugin("mw-takes", "tube")
 TWIN_A = plugin("mw-twin-a", "twin-mask")
 TWIN_B = plugin("mw-twin-b", "twin-mask")
 MALFORMED = plugin("mw-malformed", "malformed-mask", catalogue="[plugins.mw-malformed\nmodule = 'x'\n")

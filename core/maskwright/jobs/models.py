@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from maskwright.errors import BadModel
 from maskwright.jobs.checkpoint import PICKLES, reason
 from maskwright.jobs.settings import ModelSection
 from maskwright.sources.text import TextSource
+
+logger = logging.getLogger("maskwright")
 
 DEFAULT = "default"
 """The word for a small model that is made here."""
@@ -55,36 +58,81 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_model(folder: Path, kind: str, dtype: torch.dtype | str = torch.float32) -> Any:
     """A model of a folder; `kind` is the class of transformers that reads it, such as "AutoModelForCausalLM".
 
-    `dtype` "auto" leaves the weights as they were saved. Raises `BadModel` for what `read_config` refuses, a kind of model that transformers does not know, and damaged weights.
+    Weights that the folder lacks are new, and a warning of the logger "maskwright" names them; `dtype` "auto" leaves the weights
+    as they were saved. Raises `BadModel` for what `read_config` refuses, a kind of model that transformers does not know, and
+    damaged or foreign weights.
     """
     import transformers
     from safetensors import SafetensorError
 
     config = read_config(folder)
-    loader = getattr(transformers, kind)
+    names = _weight_names(folder)
+    given: dict[str, Any] = {}
+    # Without this, transformers adds a pooler that no objective here trains.
+    if (
+        kind == "AutoModel"
+        and config["model_type"] in ("vit", "deit")
+        and not any("pooler." in one for one in names)
+    ):
+        given["add_pooling_layer"] = False
     try:
-        with _without_progress_bar():
-            return loader.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
+        with quiet_transformers():
+            model, info = getattr(transformers, kind).from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=dtype,
+                output_loading_info=True,
+                **given,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise BadModel(
             f"The model folder {folder} ({config['model_type']}) cannot be read as {kind}: {reason(error)}"
         ) from error
+    missing = sorted(info["missing_keys"])
+    if len(missing) >= len(model.state_dict()):
+        raise BadModel(
+            f"The model folder {folder} holds no weight of a {type(model).__name__}, only {names[0]} and the like."
+        )
+    if missing:
+        logger.warning(
+            "The model folder %s lacks %d weights of a %s, such as %s: they begin at random.",
+            folder,
+            len(missing),
+            type(model).__name__,
+            missing[0],
+        )
+    return model
+
+
+def _weight_names(folder: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                names += file.keys()
+        except (OSError, SafetensorError) as error:
+            raise BadModel(f"{path} is damaged ({reason(error)}); save the model again.") from None
+    return names
 
 
 @contextlib.contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Transformers draws a bar for every model that it reads, however small."""
-    from transformers.utils import logging
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and tables; what matters in them is said by us."""
+    from transformers.utils import logging as its
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    level, shown = its.get_verbosity(), its.is_progress_bar_enabled()
+    its.set_verbosity_error()
+    its.disable_progress_bar()
     try:
         yield
     finally:
+        its.set_verbosity(level)
         if shown:
-            logging.enable_progress_bar()
+            its.enable_progress_bar()
 
 
 def is_causal(config: dict[str, Any]) -> bool:

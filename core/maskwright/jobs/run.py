@@ -670,15 +670,10 @@ def _save_model(model: Any, folder: Path) -> None:
 
         save_model(model, str(folder / "model.safetensors"))
         return
-    from transformers.utils import logging
+    from maskwright.jobs.models import quiet_transformers
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers():
         model.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

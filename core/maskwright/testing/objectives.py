@@ -592,11 +592,11 @@ def _quiet_loss(scene: Scene, batch: dict[str, Tensor]) -> Loss | None:
 # -- signals, state, randomness -------------------------------------------------------------------------------
 
 
-@rule(KIND, cases=passes, examples=10, applies=lambda component: True)
+@rule(KIND, cases=passes, examples=10)
 def check_signals_are_as_declared(component: Any, example: Pass) -> None:
     """`signals` returns what `provides` names: finite, [B, N], without gradient, the same when asked again.
 
-    It may return more, for its own `forward`: what a teacher made of the batch, say, in any shape that begins with B.
+    It may return more, with a row for each sample, for its own forward pass: a teacher runs once in a step.
     """
     try:
         bound = bound_to(component, example.backbone, example.seed)
@@ -605,13 +605,12 @@ def check_signals_are_as_declared(component: Any, example: Pass) -> None:
     except Exception:
         unwanted(True)
     signals, again = dict(bound.signals(batch)), dict(bound.signals(batch))
-    names, declared = set(signals), set(component.provides)
-    require(names >= declared, f"it returned {sorted(names)}, `provides` says {sorted(declared)}.")
+    missing = sorted(component.provides - signals.keys())
+    require(not missing, f"it returned {sorted(signals)}, `provides` promises {missing}.")
     for name, value in signals.items():
         shape, wanted = list(value.shape), [layout.batch, layout.positions]
-        if name not in declared:
-            shape, wanted = shape[:1], wanted[:1]
-        require(shape == wanted, f"signal {name!r} is {list(value.shape)}, not {wanted}: rows × positions.")
+        fits = shape == wanted if name in component.provides else shape[:1] == wanted[:1]
+        require(fits, f"signal {name!r} is {shape}, not {wanted}: rows × positions.")
         require(not value.requires_grad, f"signal {name!r} carries a gradient.")
         require(value.isfinite().all(), f"signal {name!r} is not finite.")
         require(torch.equal(value, again[name]), f"signal {name!r} was another when asked again.")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from maskwright.errors import BackboneMismatch, BadBudget, BadModel, MaskwrightError
 from maskwright.mask import Mask
 from maskwright.protocols import Batch, Budget, PruneResult, PruneTask, SparsityReport
-from maskwright.testing.backbones import LENGTH, VOCABULARY, seeded
+from maskwright.testing.backbones import LENGTH, VOCABULARY, backbone, seeded
 from maskwright.testing.rules import (
     Rule,
     check_component_is_frozen,
@@ -76,12 +76,6 @@ def _convnet() -> nn.Module:
     )
 
 
-def _llama(seed: int) -> nn.Module:
-    from maskwright.backbones.defaults import causal_language_model
-
-    return causal_language_model(vocabulary=VOCABULARY, length=LENGTH, width=16, depth=2, heads=2, seed=seed)
-
-
 @attrs.frozen
 class Pruning:
     """One call of a pruner: a model of the kit ("mlp" with layers of these sizes, "conv", "llama"), and how much may stay."""
@@ -99,7 +93,7 @@ class Pruning:
             if self.model == OWN:
                 made = component.example_model(self.seed)
             elif self.model == "llama":
-                made = _llama(self.seed)
+                made = backbone("transformers-llama", self.seed)
             else:
                 made = _convnet() if self.model == "conv" else _mlp(self.sizes)
         return made.to(getattr(torch, self.dtype)).train(self.seed % 2 == 1)

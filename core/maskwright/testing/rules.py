@@ -21,7 +21,7 @@ from maskwright.testing.pictures import picture
 KINDS = ("mask-strategy", "objective", "pruner", "sampler")
 _FEWEST = 3
 """Examples that are tried even when they take long."""
-_REFUSED, _HOPELESS = 3, 25
+_REFUSED, _HOPELESS = 3, 20
 """So many refusals count as one example; after so many without an example there is none."""
 
 
@@ -35,6 +35,13 @@ class NotTried(unittest.SkipTest):
 
 class Exempted(unittest.SkipTest):
     """The component breaks the rule and says why (`exempt`); test runners count it as skipped."""
+
+
+class _Enough(unittest.SkipTest):
+    """Raised to stop looking: hypothesis lets skipped tests end at once."""
+
+    def __init__(self) -> None:
+        super().__init__("enough was tried")
 
 
 class _Broken(Exception):
@@ -92,8 +99,10 @@ class Rule:
             return
         broken: list[tuple[_Broken | Exception, Any]] = []
         tried = seen = 0
-        started = time.monotonic()
+        # Time of this process: what is found must not depend on what else the machine does.
+        started = time.process_time()
         patience = self.seconds if max_examples is None else float("inf")
+        hopeless = min(_HOPELESS, 4 * (max_examples or self.examples))
 
         @settings(
             max_examples=max_examples or self.examples,
@@ -110,11 +119,12 @@ class Rule:
         def holds(case: Any) -> None:
             nonlocal tried, seen
             seen += 1
-            late = time.monotonic() - started > patience
-            if late and broken:
-                raise UnsatisfiedAssumption  # the smallest example so far will do
-            if (late and max(tried, seen // _REFUSED) >= _FEWEST) or (not tried and seen > _HOPELESS):
-                return
+            late = time.process_time() - started > patience
+            # When something was found, the last example is the smallest so far.
+            if late and (broken or max(tried, seen // _REFUSED) >= _FEWEST):
+                raise _Enough()
+            if seen > hopeless and not (tried or broken):
+                raise _Enough()
             try:
                 self.body(component, case)
             except (UnsatisfiedAssumption, NotTried):
@@ -128,7 +138,7 @@ class Rule:
             holds()
         except NotTried:
             raise
-        except (Unsatisfiable, Flaky):
+        except (_Enough, Unsatisfiable, Flaky):
             pass
         except Exception:
             if not broken:
@@ -157,10 +167,21 @@ class Rule:
         masks = error.masks if isinstance(error, _Broken) else ()
         text = str(error) if isinstance(error, _Broken) else f"{type(error).__name__}: {error}"
         imports = "".join(f"from {module} import {name}; " for module, name in _classes(component))
-        arguments = ", ".join([repr(self.name), *map(repr, (component, *case))])
+        arguments = ", ".join([repr(self.name), _spelled(component), *map(repr, case)])
         line = f"{imports}from maskwright.testing import *; repeat({arguments})"
         pictures = [picture(mask) for mask in masks]
         return ConformanceFailure("\n".join([f"{self.name}: {text}", *pictures, f"Repeat it: {line}"]))
+
+
+def _spelled(component: Any) -> str:
+    """A component as Python: its repr, or its class where that is no Python, since it holds a network."""
+    return type(component).__qualname__ if _holds_a_network(component) else repr(component)
+
+
+def _holds_a_network(value: Any) -> bool:
+    if not attrs.has(type(value)):
+        return isinstance(value, torch.nn.Module | torch.Tensor)
+    return any(_holds_a_network(getattr(value, field.name, None)) for field in attrs.fields(type(value)))
 
 
 def _classes(component: Any) -> list[tuple[str, str]]:
