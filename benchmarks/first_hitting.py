@@ -15,7 +15,7 @@ from maskwright.backbones.transformers import denoiser
 NAME = "first-hitting against ancestral sampling (T = 1000), one text, BERT of 4 layers × 128, 1,024 tokens"
 LENGTHS = (32, 64, 128)
 STEPS, VOCABULARY, MASK = 1000, 1024, 2
-ROUNDS = 3
+ROUNDS = 2
 
 
 def run() -> list[dict[str, Any]]:
