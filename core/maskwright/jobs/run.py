@@ -656,6 +656,8 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        for path in temporary.rglob("*"):  # safetensors writes files that nobody else may read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
