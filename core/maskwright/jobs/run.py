@@ -464,7 +464,10 @@ class Run:
             if self._stop and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._stop = True
-            self.say("Finishing this step and saving; press Ctrl-C again to stop without.")
+            if self.is_main and not self.quiet:
+                # Not through print: the signal may have come in the middle of one.
+                with contextlib.suppress(OSError):
+                    os.write(2, b"\nFinishing this step and saving; press Ctrl-C again to stop without.\n")
 
         earlier = {}
         try:
