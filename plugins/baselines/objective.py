@@ -63,8 +63,8 @@ class BoundMaskedAutoencoder(BoundObjective):
     """`encode` and `decode` are the two halves; `forward` is both and the loss.
 
     Outputs: `features` [B, K, D], the encoded visible patches; `prediction` [B, N, p·p·C] at every position, normalised
-    pixels with `norm_pix`; `reconstruction` [B, C, H, W], the visible patches as they are and the predicted ones, brought
-    back to pixels with the true patch's own mean and deviation.
+    pixels with `norm_pix`; in evaluation mode `reconstruction` [B, C, H, W], the visible patches as they are and the predicted
+    ones, brought back to pixels with the true patch's own mean and deviation.
     """
 
     def __init__(self, settings: MaskedAutoencoder, backbone: nn.Module) -> None:
@@ -118,8 +118,9 @@ class BoundMaskedAutoencoder(BoundObjective):
         outputs = {
             "prediction": prediction,
             "features": encoded[:, encoded.shape[1] - mask.visible_indices().shape[1] :],
-            "reconstruction": self.picture(prediction, pixels, hidden),
         }
+        if not self.training:
+            outputs["reconstruction"] = self.picture(prediction, pixels, hidden)
         return Loss(total=loss, parts={"pixels": loss}, outputs=outputs)
 
     @torch.no_grad()
