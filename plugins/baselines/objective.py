@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.errors import BadParameter, UnequalMaskCounts
 from maskwright.toolkit.decoders import DecoderInput, transformer
-from maskwright.toolkit.images import normalize_patches, patchify, unpatchify
+from maskwright.toolkit.images import denormalize_patches, normalize_patches, patchify, unpatchify
 
 
 def hidden_error(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ class BoundMaskedAutoencoder(BoundObjective):
     """`encode` and `decode` are the two halves; `forward` is both and the loss.
 
     Outputs: `features` [B, K, D], the encoded visible patches; `prediction` [B, N, p·p·C] at every position, normalised
-    pixels with `norm_pix`; `reconstruction` [B, C, H, W], the visible patches as they are and the predicted ones, brought
-    back to pixels with the true patch's own mean and deviation.
+    pixels with `norm_pix`; in evaluation mode `reconstruction` [B, C, H, W], the visible patches as they are and the predicted
+    ones, brought back to pixels with the true patch's own mean and deviation.
     """
 
     def __init__(self, settings: MaskedAutoencoder, backbone: nn.Module) -> None:
@@ -118,8 +118,9 @@ class BoundMaskedAutoencoder(BoundObjective):
         outputs = {
             "prediction": prediction,
             "features": encoded[:, encoded.shape[1] - mask.visible_indices().shape[1] :],
-            "reconstruction": self.picture(prediction, pixels, hidden),
         }
+        if not self.training:
+            outputs["reconstruction"] = self.picture(prediction, pixels, hidden)
         return Loss(total=loss, parts={"pixels": loss}, outputs=outputs)
 
     @torch.no_grad()
@@ -127,8 +128,7 @@ class BoundMaskedAutoencoder(BoundObjective):
         """[B, C, H, W]: the image with its hidden patches (bool [B, N]) replaced by what was predicted."""
         patches = patchify(pixels, self.backbone.patch_size)
         if self.settings.norm_pix:
-            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            prediction = prediction * (variance + 1e-6).sqrt() + mean
+            prediction = denormalize_patches(prediction, patches)
         shown = torch.where(hidden[..., None], prediction, patches)
         return unpatchify(shown, tuple(self.backbone.grid), self.backbone.patch_size)
 

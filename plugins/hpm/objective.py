@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.errors import BadParameter, UnequalMaskCounts
 from maskwright.toolkit.decoders import DecoderInput, transformer
-from maskwright.toolkit.images import normalize_patches, patchify, unpatchify
+from maskwright.toolkit.images import denormalize_patches, normalize_patches, patchify, unpatchify
 from maskwright.toolkit.teachers import follow, teacher_of
 
 EPSILON = 1e-6
@@ -211,8 +211,7 @@ class BoundHardPatchesMining(BoundObjective):
         """[B, C, H, W]: the image with its hidden patches replaced by what was predicted."""
         patches = patchify(pixels, self.backbone.patch_size)
         if self.settings.norm_pix:
-            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            prediction = prediction * (variance + EPSILON).sqrt() + mean
+            prediction = denormalize_patches(prediction, patches, EPSILON)
         shown = torch.where(mask.keep[..., None], patches, prediction.to(patches.dtype))
         return unpatchify(shown, tuple(self.backbone.grid), self.backbone.patch_size)
 

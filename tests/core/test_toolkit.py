@@ -13,7 +13,13 @@ from torch import nn
 
 from maskwright import Layout, Mask
 from maskwright.toolkit.decoders import DecoderInput, transformer
-from maskwright.toolkit.images import normalize_patches, patchify, sincos_positions, unpatchify
+from maskwright.toolkit.images import (
+    denormalize_patches,
+    normalize_patches,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
 from maskwright.toolkit.selection import keep_largest, kept_count, noise, random_mask
 from maskwright.toolkit.teachers import follow, teacher_of
 
@@ -133,6 +139,15 @@ def test_patches_are_normalised_with_the_unbiased_variance():
             expected = (one - one.mean()) / np.sqrt(one.var(ddof=1) + 1e-6)
             assert np.allclose(normal[b, n].numpy(), expected, atol=1e-5)
     assert torch.isfinite(normalize_patches(torch.ones(1, 1, 4))).all()
+
+
+def test_denormalised_patches_are_the_patches():
+    patches = torch.randn(2, 5, 12, generator=generator(3)) * 4 + 7
+    assert torch.allclose(denormalize_patches(normalize_patches(patches), patches), patches, atol=1e-5)
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    prediction = torch.randn(2, 5, 12, generator=generator(4))
+    expected = prediction * (variance + 1e-6).sqrt() + mean
+    assert torch.allclose(denormalize_patches(prediction, patches), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -20,11 +21,12 @@ import maskwright
 import maskwright.testing
 from maskwright import registry as registry_module
 from maskwright.cli import cli
+from maskwright.jobs.observers import HOOKS, Observers, _host
 from maskwright.registry import KINDS, PluginInfo, read_catalogue
 from maskwright.testing import pytest_plugin
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/write-a-plugin.md", "docs/registry-file.md", "docs/command-line.md")
+PAGES = ("README.md", "docs/write-a-plugin.md", "docs/registry-file.md", "docs/command-line.md", "docs/runs.md")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -129,6 +131,12 @@ def test_registry_file_runs(tmp_path, monkeypatch, capsys, things):
     namespace = run("docs/registry-file.md", {})
     assert namespace["strategy"].width == 2
     assert "stripes ./stripes.py ['stripes']" in capsys.readouterr().out
+
+
+def test_runs_page_runs_and_names_every_hook_of_an_observer():
+    namespace = run("docs/runs.md", {})
+    assert set(HOOKS) <= set(namespace)
+    assert Observers({"page": _host("page", SimpleNamespace(**namespace))})
 
 
 @pytest.mark.parametrize("page", PAGES)

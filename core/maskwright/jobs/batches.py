@@ -62,4 +62,6 @@ class Batches:
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             places = numbers[epochs == epoch] % len(self.source)
             parts.append(self.source.batch(self._order(epoch)[places], epoch))
+        if len(parts) == 1:
+            return parts[0]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -49,6 +49,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], header: Header) -> Non
             os.fsync(handle)
         finally:
             os.close(handle)
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OutputError(

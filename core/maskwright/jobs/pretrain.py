@@ -102,7 +102,9 @@ def train(run: Run) -> Trained:
     network = model(settings, objective, source)
     # Decoders and heads are initialised from the global generator, which belongs to the run.
     torch.manual_seed(run.seed)
-    module = MaskedTraining(network, strategy, objective, seed=run.seed, total_steps=total)
+    module = MaskedTraining(
+        network, strategy, objective, seed=run.seed, total_steps=total, columns=source.columns
+    )
     optimizer = torch.optim.AdamW(
         parameter_groups(module, settings.run.weight_decay or 0.0),
         lr=settings.run.lr or 1e-3,

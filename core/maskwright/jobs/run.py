@@ -464,7 +464,10 @@ class Run:
             if self._stop and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._stop = True
-            self.say("Finishing this step and saving; press Ctrl-C again to stop without.")
+            if self.is_main and not self.quiet:
+                # Not through print: the signal may have come in the middle of one.
+                with contextlib.suppress(OSError):
+                    os.write(2, b"\nFinishing this step and saving; press Ctrl-C again to stop without.\n")
 
         earlier = {}
         try:
@@ -656,6 +659,8 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        for path in temporary.rglob("*"):  # safetensors writes files that nobody else may read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)

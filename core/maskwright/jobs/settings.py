@@ -244,6 +244,7 @@ _DIGITS: dict[str, Table] = {"data": {"size": 8}, "model": {"patch_size": 2}}
 _DEFAULT_MODEL: dict[str, Table] = {
     "image": {"width": 128, "depth": 4, "heads": 4},
     "text": {"width": 128, "depth": 4, "heads": 4},
+    "conv": {"width": 32, "depth": 2},
 }
 _SMALL_DECODER: Table = {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4}
 """What an objective's decoder measures beside the default model, where it has these parameters: a paper's own decoder, 512 wide
@@ -301,15 +302,18 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
                 tables = _merge(
                     tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
                 )
-    if given.get("model", {}).get("source", "default") == "default":
-        tables = _merge(tables, {"model": _DEFAULT_MODEL[modality]})
-    if modality == "image" and given.get("model", {}).get("source", "default") == "default":
-        source = given.get("data", {}).get("source", tables["data"]["source"])
-        tables = _merge(tables, _DIGITS if source == "digits" else _PHOTOGRAPHS)
-        parameters = {parameter.name for parameter in info.parameters}
-        decoder = {key: value for key, value in _SMALL_DECODER.items() if key in parameters}
-        tables = _merge(tables, {"objective": {"name": name, **decoder}})
-    return tables
+    if given.get("model", {}).get("source", "default") != "default":
+        return tables
+    if modality == "text":
+        return _merge(tables, {"model": _DEFAULT_MODEL["text"]})
+    if info.backbone == "conv":
+        return _merge(tables, {"model": _DEFAULT_MODEL["conv"], "data": {"size": 64}})
+    source = given.get("data", {}).get("source", tables["data"]["source"])
+    tables = _merge(tables, {"model": _DEFAULT_MODEL["image"]})
+    tables = _merge(tables, _DIGITS if source == "digits" else _PHOTOGRAPHS)
+    parameters = {parameter.name for parameter in info.parameters}
+    decoder = {key: value for key, value in _SMALL_DECODER.items() if key in parameters}
+    return _merge(tables, {"objective": {"name": name, **decoder}})
 
 
 def check(settings: Settings, registry: Registry | None = None) -> None:

