@@ -17,8 +17,8 @@ from maskwright.jobs.claims import Claim
 from maskwright.sources.text import TextSource, load_text
 
 LENGTH, VOCABULARY, WIDTH, DEPTH = 64, 512, 64, 2
-BATCH, STEPS, RATE = 32, 400, 4e-3
-MASK_STEPS = 300
+BATCH, STEPS, RATE = 32, 300, 4e-3
+MASK_STEPS = 200
 CALIBRATION = 4
 """Batches that the one-shot pruners calibrate on; their control has all MASK_STEPS."""
 
@@ -45,7 +45,7 @@ def train(seed: int, source: TextSource) -> nn.Module:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05, fused=True)
     for step, batch in enumerate(batches(source, 0, STEPS)):
-        rising, falling = (step + 1) / 40, 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        rising, falling = (step + 1) / 30, 0.5 * (1 + math.cos(math.pi * step / STEPS))
         optimizer.param_groups[0]["lr"] = RATE * min(rising, falling)
         loss = next_token_loss(model, batch)
         optimizer.zero_grad()
