@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from maskwright.backbones import adapt
-from maskwright.backbones.defaults import causal_language_model, masked_language_model, vision_transformer
+from maskwright.backbones.defaults import (
+    causal_language_model,
+    masked_denoiser,
+    masked_language_model,
+    vision_transformer,
+)
 
 SMALL = {"width": 32, "depth": 1, "heads": 2}
 
@@ -15,11 +20,14 @@ def makers():
         "bert": lambda seed: masked_language_model(
             vocabulary=50, length=16, mask_token=2, seed=seed, **SMALL
         ),
+        "modernbert": lambda seed: masked_denoiser(
+            vocabulary=50, length=16, mask_token=2, seed=seed, **SMALL
+        ),
         "vit": lambda seed: vision_transformer(seed=seed, **SMALL),
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
+@pytest.mark.parametrize("name", ["llama", "bert", "modernbert", "vit"])
 def test_a_seed_gives_its_weights_and_the_global_generator_stays(name):
     make = makers()[name]
     before = torch.random.get_rng_state()
@@ -29,7 +37,7 @@ def test_a_seed_gives_its_weights_and_the_global_generator_stays(name):
     assert any(not torch.equal(a, b) for a, b in zip(first, other))
 
 
-@pytest.mark.parametrize(("name", "shift"), [("llama", 1), ("bert", 0)])
+@pytest.mark.parametrize(("name", "shift"), [("llama", 1), ("bert", 0), ("modernbert", 0)])
 def test_language_models_are_token_backbones(name, shift):
     backbone = adapt(makers()[name](0), "token")
     assert backbone.shift == shift
@@ -55,10 +63,21 @@ def test_the_vit_sees_64_patches_of_32_pixel_images():
     assert backbone.patches(torch.zeros(2, 3, 32, 32)).shape == (2, 64, 32)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
+@pytest.mark.parametrize("name", ["llama", "bert", "modernbert", "vit"])
 def test_transformers_loads_what_the_model_saves(name, tmp_path):
     model = makers()[name](0)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, local_files_only=True)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_the_masked_denoiser_sees_all_in_its_first_layer_and_neighbours_in_the_others():
+    model = masked_denoiser(vocabulary=50, length=64, mask_token=2, width=32, depth=3, heads=2).eval()
+    assert model.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    backbone = adapt(model, "token")
+    assert backbone.mask_token == 2
+    ids = torch.arange(64)[None] % 47 + 3
+    far = ids.clone()
+    far[0, 60] = 2
+    assert not torch.equal(backbone.logits(ids)[0, 0], backbone.logits(far)[0, 0])

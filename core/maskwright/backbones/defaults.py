@@ -5,6 +5,7 @@ Nothing is downloaded. The same seed gives the same weights, and the global gene
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,46 @@ def masked_language_model(
         mask_token_id=mask_token,
     )
     return _seeded(lambda: BertForMaskedLM(config), seed)
+
+
+def masked_denoiser(
+    *,
+    vocabulary: int,
+    length: int,
+    mask_token: int,
+    width: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    eos_token: int | None = None,
+    pad_token: int | None = None,
+    seed: int = 0,
+) -> Any:
+    """A `ModernBertForMaskedLM` that learns from little text; `mask_token` is in its config.
+
+    All layers but the first look at the eight nearest neighbours only, positions are rotary, and weights begin with variance
+    2 / (5 · width). A BERT of this size learns nothing but how frequent each token is in its first five hundred steps, since
+    half of its text is hidden: where to look is what it would have to find out first.
+    """
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    config = ModernBertConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        max_position_embeddings=length,
+        global_attn_every_n_layers=depth,
+        local_attention=8,
+        initializer_range=math.sqrt(2 / (5 * width)),
+        pad_token_id=pad_token,
+        bos_token_id=eos_token,
+        eos_token_id=eos_token,
+        cls_token_id=eos_token,
+        sep_token_id=eos_token,
+        mask_token_id=mask_token,
+    )
+    return _seeded(lambda: ModernBertForMaskedLM(config), seed)
 
 
 def vision_transformer(

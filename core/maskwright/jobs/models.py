@@ -177,13 +177,13 @@ def vision_model(section: ModelSection, *, size: int, seed: int, backbone: str =
 
 
 def language_model(section: ModelSection, source: TextSource, *, causal: bool, seed: int) -> Any:
-    """A causal or masked language model: the user's, or a small Llama or BERT for the sequences of `source`.
+    """A causal or masked language model: the user's, or a small Llama or ModernBERT for the sequences of `source`.
 
     A user's model gets rows for the special tokens that its vocabulary lacks, and its config the mask token's id. Raises
     `BadModel` when its positions end before the sequences do.
     """
     if section.source == DEFAULT:
-        make = defaults.causal_language_model if causal else defaults.masked_language_model
+        make = defaults.causal_language_model if causal else defaults.masked_denoiser
         return make(
             vocabulary=source.vocabulary,
             length=source.length,
