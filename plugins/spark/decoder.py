@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
     def __init__(self, width: int, levels: int, channels: int) -> None:
         super().__init__()
         sizes = widths(width, levels)
-        self.blocks = nn.ModuleList(Block(before, after) for before, after in zip(sizes, sizes[1:]))
+        self.blocks = nn.ModuleList(Block(before, after) for before, after in pairwise(sizes))
         self.pixels = nn.Conv2d(sizes[-1], channels, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
