@@ -24,7 +24,7 @@ ROUNDS = 64
 class Random:
     """Positions hidden uniformly at random, the same number in every sample.
 
-    int(N · (1 - ratio)) positions stay, truncated as in MAE (He et al., arXiv:2111.06377).
+    int(N · (1 - ratio)) positions stay, truncated as in MAE (He et al., arXiv:2111.06377), and one where that is none.
     """
 
     kind: ClassVar[str] = "mask-strategy"
@@ -38,7 +38,7 @@ class Random:
 
     def draw(self, layout: Layout, *, signals: Signals, progress: float, generator: torch.Generator) -> Mask:
         """Any grid."""
-        return random_mask(layout, kept_count(layout.positions, self.ratio), generator)
+        return random_mask(layout, max(1, kept_count(layout.positions, self.ratio)), generator)
 
 
 @attrs.frozen

@@ -426,7 +426,7 @@ def test_an_empty_folder_has_a_page_that_says_so(tmp_path):
 def test_an_unfinished_run_says_where_it_stopped_and_how_to_go_on(tmp_path):
     page = page_of(pretrained(tmp_path, count=1, summary={"job": "pretrain", "finished": False}))
     assert "The last step on record is 39 of 40." in page.text
-    assert "maskwright pretrain run.toml --resume" in page.text
+    assert "maskwright pretrain --resume ." in page.text
 
 
 def test_any_other_job_gets_its_curves(tmp_path, quick_charts):

@@ -21,6 +21,7 @@ import maskwright.testing
 from maskwright import registry as registry_module
 from maskwright.cli import cli
 from maskwright.registry import KINDS, PluginInfo, read_catalogue
+from maskwright.testing import pytest_plugin
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/write-a-plugin.md", "docs/registry-file.md", "docs/command-line.md")
@@ -61,8 +62,9 @@ def conform(classes: list[type]) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def things() -> dict[str, Any]:
-    """What the examples take for granted: a user's model and data."""
+def things(request) -> dict[str, Any]:
+    """What the examples take for granted: a user's model and data, and the marker of the pytest plugin."""
+    pytest_plugin.pytest_configure(request.config)  # an older editable install does not have its entry point
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=32,

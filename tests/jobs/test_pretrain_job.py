@@ -399,7 +399,13 @@ def test_text_is_trained_and_read_by_transformers_alone(tmp_path, book):
         result.folder / "model",
     )
     assert said.strip() == "LlamaForCausalLM the fox jumps True"
-    assert "perplexity" in (result.folder / "report.html").read_text()
+    page = (result.folder / "report.html").read_text()
+    assert "perplexity" in page
+    assert "What it writes on held-out text" in page
+    written = [json.loads(line) for line in (result.folder / "samples.jsonl").read_text().splitlines()]
+    assert [line["order"] for line in written] == [[-1] * 4 + list(range(12))] * 4
+    assert all(len(line["tokens"]) == 16 for line in written)
+    assert all(line["text"].startswith("".join(line["tokens"][:4])) for line in written)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ PROBED = 2000
 PICTURES, CANDIDATES = 8, 64
 """Held-out images that the report shows, and from how many they are chosen."""
 
-EMBEDDED_STEPS = 240
+TEXTS = 4
+"""Held-out texts on which the report shows what a language model writes."""
+
+EMBEDDED_STEPS = 800
 """Steps of the embedded language model that other jobs begin with: about a minute on two cores."""
 
 
@@ -243,6 +246,7 @@ def conclude(run: Run, trained: Trained) -> Result:
         model=trained.network,
         tokenizer=source if isinstance(source, TextSource) else None,
         pictures=pictures(trained, run) if isinstance(source, ImageSource) else None,
+        samples=texts(trained, run) if isinstance(source, TextSource) else None,
         files=files,
     )
 
@@ -341,6 +345,37 @@ def most_detailed(pixels: Tensor, labels: Tensor, count: int) -> Tensor:
     detailed = pixels.flatten(1).std(1).argsort(descending=True, stable=True)
     half = detailed[turn(detailed) < (labels.bincount()[labels[detailed]] + 1) // 2].sort().values
     return half[turn(half).argsort(stable=True)][:count]
+
+
+@torch.no_grad()
+def texts(trained: Trained, run: Run) -> list[dict[str, Any]]:
+    """What the model writes on held-out text, as lines of samples.jsonl: `text`, `tokens`, and when each was written (`order`).
+
+    A causal model goes on from the first quarter of a sequence, token by token at a temperature of 0.8; another one fills in
+    what the strategy hides, its likeliest token everywhere at once.
+    """
+    source = trained.source
+    assert isinstance(source, TextSource)
+    backbone: Any = trained.module.backbone
+    given = spread_over(source.held_out, TEXTS)["tokens"].to(run.device)
+    if backbone.shift == 1:
+        first = max(given.shape[1] // 4, 1)
+        generator = run.generator(stream=TEXTS)
+        written = given.clone()
+        for place in range(first, given.shape[1]):
+            chances = (backbone.logits(written[:, :place])[:, -1].double() / 0.8).softmax(-1)
+            written[:, place] = torch.multinomial(chances.cpu(), 1, generator=generator)[:, 0].to(run.device)
+        order = torch.arange(given.shape[1]).sub(first).clamp(min=-1).expand_as(given)
+    else:
+        mask, _ = trained.module.draw({"tokens": given})
+        if isinstance(mask, AttentionMask) or backbone.mask_token is None:
+            return []
+        likeliest = backbone.logits(given.masked_fill(~mask.keep, backbone.mask_token)).argmax(-1)
+        written, order = torch.where(mask.keep, given, likeliest), -mask.keep.long()
+    return [
+        {"text": source.decode(row), "tokens": [source.decode([token]) for token in row], "order": when}
+        for row, when in zip(written.tolist(), order.tolist())
+    ]
 
 
 def preprocessing(source: ImageSource) -> str:

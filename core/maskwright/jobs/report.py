@@ -206,6 +206,7 @@ def render(run: Run) -> str:
             "charts": [],
             "corners": [],
             "texts": [],
+            "texts_title": "Samples",
             "sizes": [],
             **specific(run),
         }
@@ -274,6 +275,8 @@ def _pretrain(run: Run) -> dict[str, Any]:
             *_time(run),
         ],
         "rows": _image_rows(run.tensors),
+        "texts": _texts(run),
+        "texts_title": "What it writes on held-out text",
         "charts": _loss_charts(run),
     }
 
@@ -474,6 +477,19 @@ def _sizes(sizes: Any) -> list[tuple[str, str, float]]:
 
 
 def _sample(run: Run) -> dict[str, Any]:
+    numbers = _headline(
+        run,
+        ("network calls", ("evaluations",), say, "for the whole batch"),
+        ("categorical draws", ("draws", "categorical_draws"), say, ""),
+        ("samples", ("samples", "count"), say, ""),
+        ("length", ("length",), say, "tokens"),
+    )
+    numbers += _time(run)
+    return {"numbers": numbers, "texts": _texts(run), "charts": _loss_charts(run)}
+
+
+def _texts(run: Run) -> list[str]:
+    """The samples, their tokens on the colour of when they were written where that is known."""
     from markupsafe import Markup
 
     texts: list[str] = []  # Markup where the tokens are coloured: reveal escapes them
@@ -483,15 +499,7 @@ def _sample(run: Run) -> dict[str, Any]:
             texts.append(Markup(pictures.reveal(order, list(map(str, tokens)))))
         else:
             texts.append(str(line.get("text", "")))
-    numbers = _headline(
-        run,
-        ("network calls", ("evaluations",), say, "for the whole batch"),
-        ("categorical draws", ("draws", "categorical_draws"), say, ""),
-        ("samples", ("samples", "count"), say, ""),
-        ("length", ("length",), say, "tokens"),
-    )
-    numbers += _time(run)
-    return {"numbers": numbers, "texts": texts, "charts": _loss_charts(run)}
+    return texts
 
 
 def _plain(run: Run) -> dict[str, Any]:

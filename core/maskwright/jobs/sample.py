@@ -44,7 +44,7 @@ class Speaker:
 
 
 def sample(run: Run) -> Result:
-    """Sample texts, print them, and leave samples.jsonl (tokens, order and text of each) and a report."""
+    """Sample texts and leave samples.jsonl (tokens, order and text of each) and a report with the order of their reveal."""
     request = run.settings.require("request")
     sampler: Sampler = run.settings.require("sampler").create(run.registry)
     _check_domain(sampler, run)
@@ -69,9 +69,6 @@ def sample(run: Run) -> Result:
     ]
     seconds = time.monotonic() - started
     lines = _lines(drawn, speaker.tokenizer)
-    if run.is_main and not run.quiet:
-        for line in lines:
-            print(f"{line['text']}\n", flush=True)
     summary = {
         "sampler": sampler.name,
         "model": speaker.name,

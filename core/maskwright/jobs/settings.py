@@ -230,7 +230,7 @@ BY_MODALITY: dict[str, dict[str, Table]] = {
         "data": {"source": "photographs"},
     },
     "text": {
-        "run": {"steps": 400, "batch_size": 32, "lr": 3e-3},
+        "run": {"steps": 1600, "batch_size": 8, "lr": 4e-3},
         "strategy": {"name": "random"},
         "data": {"source": "standard-library", "length": 128},
     },
