@@ -48,7 +48,7 @@ def test_a_pretraining_without_arguments_is_whole(registry):
 
 @pytest.mark.parametrize(
     ("job", "sections"),
-    [("prune", {"pruner", "budget"}), ("sample", {"sampler", "request"})],
+    [("prune", {"pruner", "budget", "prunable", "output"}), ("sample", {"sampler", "request"})],
 )
 def test_the_other_jobs_have_their_own_sections(registry, job, sections):
     settings = resolve(job, registry=registry)

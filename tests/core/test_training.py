@@ -157,7 +157,11 @@ def test_steps_without_a_forward_do_not_count():
 
 def test_accelerates_optimizer_and_its_wrapped_model_count_once():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # a test before this one may have set another precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     model = watched(total_steps=10)
     wrapped, optimizer = accelerator.prepare(model, sgd(model))
@@ -168,6 +172,7 @@ def test_accelerates_optimizer_and_its_wrapped_model_count_once():
             optimizer.zero_grad()
     assert (model.steps, model.draws) == (2, 4)
     assert model.bound.followed == (0.1, 0.2)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_step_that_a_gradient_scaler_skips_does_not_count():
