@@ -241,6 +241,9 @@ _PHOTOGRAPHS: dict[str, Table] = {"data": {"size": 64}, "model": {"patch_size": 
 _DIGITS: dict[str, Table] = {"data": {"size": 8}, "model": {"patch_size": 2}}
 """Sizes of the embedded images, and of anybody's beside the default model."""
 
+_CONVOLUTIONAL: dict[str, Table] = {"data": {"size": 64}, "model": {"width": 32, "depth": 2}}
+"""The same beside the default convolutional network, one place of whose coarsest map is 16 pixels wide."""
+
 _DEFAULT_MODEL: dict[str, Table] = {
     "image": {"width": 128, "depth": 4, "heads": 4},
     "text": {"width": 128, "depth": 4, "heads": 4},
@@ -301,11 +304,13 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
                 tables = _merge(
                     tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
                 )
+    convolutional = modality == "image" and info.backbone == "conv"
     if given.get("model", {}).get("source", "default") == "default":
-        tables = _merge(tables, {"model": _DEFAULT_MODEL[modality]})
+        tables = _merge(tables, _CONVOLUTIONAL if convolutional else {"model": _DEFAULT_MODEL[modality]})
     if modality == "image" and given.get("model", {}).get("source", "default") == "default":
         source = given.get("data", {}).get("source", tables["data"]["source"])
-        tables = _merge(tables, _DIGITS if source == "digits" else _PHOTOGRAPHS)
+        if not convolutional:
+            tables = _merge(tables, _DIGITS if source == "digits" else _PHOTOGRAPHS)
         parameters = {parameter.name for parameter in info.parameters}
         decoder = {key: value for key, value in _SMALL_DECODER.items() if key in parameters}
         tables = _merge(tables, {"objective": {"name": name, **decoder}})
