@@ -142,6 +142,32 @@ def _first(sparse: Sparse, function: Callable[..., Any], *args: Any, **kwargs: A
     return made
 
 
+def _convolution(
+    sparse: Sparse,
+    function: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Computed densely and masked again, unless no window reaches beyond its cell: nothing in, nothing out."""
+    arguments = (x, weight, bias, stride, padding, dilation, groups)
+    reach = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], _pair(dilation))]
+    within = all(size <= step for size, step in zip(reach, _pair(stride)))
+    if bias is None and within and padding in ("valid", 0, (0, 0), [0, 0]):
+        y = function(*arguments)
+        sparse.at(y.shape[2:])
+        return y
+    return _first(sparse, function, *arguments)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
 def _last(sparse: Sparse, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """A layer that makes [B, H, W, C] of each position alone, masked again: its bias is no feature of an empty position."""
     made = function(*args, **kwargs)
@@ -208,7 +234,7 @@ def _mean(
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
-    torch.conv2d: _first,
+    torch.conv2d: _convolution,
     F.max_pool2d: _first,
     F.max_pool2d_with_indices: _first,
     torch.max_pool2d: _first,

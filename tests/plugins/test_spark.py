@@ -174,17 +174,18 @@ def naive_convolution(x, keep, weight, bias, stride, padding, groups, made):
     ("size", "stride", "padding", "groups"),
     [(3, 1, 1, 1), (3, 2, 1, 1), (1, 2, 0, 1), (7, 1, 3, 4), (2, 2, 0, 2)],
 )
-def test_a_convolution_is_the_gather_and_scatter_one(size, stride, padding, groups):
-    layer = nn.Conv2d(4, 8, size, stride, padding, groups=groups).double()
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+def test_a_convolution_is_the_gather_and_scatter_one(size, stride, padding, groups, biased):
+    layer = nn.Conv2d(4, 8, size, stride, padding, groups=groups, bias=biased).double()
     mask = blocks(2, (2, 3), ratio=0.5)
     keep = mask.upsample((4, 6)).keep
     x = torch.randn(2, 4, 4, 6, generator=generator(), dtype=torch.float64) * keep[:, None]
     with torch.no_grad(), Sparse(mask):
         ours = layer(x)
-    naive = naive_convolution(
-        x, mask.keep, layer.weight.detach(), layer.bias.detach(), stride, padding, groups, ours.shape
-    )
+    bias = layer.bias.detach() if biased else torch.zeros(8, dtype=torch.float64)
+    naive = naive_convolution(x, mask.keep, layer.weight.detach(), bias, stride, padding, groups, ours.shape)
     torch.testing.assert_close(ours, naive)
+    assert not ours[(~mask.upsample(tuple(ours.shape[2:])).keep)[:, None].expand_as(ours)].any()
     assert ours.abs().sum() > 0
 
 
@@ -803,6 +804,6 @@ def test_the_benchmark_has_a_row_for_each_layer(monkeypatch):
     monkeypatch.setattr(benchmark, "REPEATS", 1)
     monkeypatch.setattr(benchmark, "BATCH", 1)
     rows = benchmark.run()
-    assert [row["bound"] for row in rows[:-1]] == [1.3] * (len(rows) - 1)
-    assert len(rows) == len(benchmark.LAYERS) + 1
+    layers = len(benchmark.LAYERS)
+    assert [row["bound"] for row in rows] == [1.3] * layers + [None] * layers + [1.3]
     assert all(row["seconds"] > 0 for row in rows)
