@@ -17,7 +17,7 @@ TRIES = 10
 """Rectangles that BEiT proposes for one block before it gives the block up."""
 
 ROUNDS = 64
-"""Blocks after which `block` with an exact count stops proposing; 14 × 14 needs about ten."""
+"""Blocks after which `block` with an exact count stops proposing; a sample of 14 × 14 needs about seven."""
 
 
 @attrs.frozen
