@@ -164,7 +164,9 @@ def data(settings: Settings, objective: Objective) -> ImageSource | TextSource:
             tokenizer=models.tokenizer_of(settings.model),
             seed=settings.run.seed,
         )
-    size = section.size or models.image_size(settings.model) or 32
+    # A convolutional network's config names no size; 224 pixels are 7 × 7 places of the usual coarsest map.
+    usual = 224 if objective.backbone == "conv" else 32
+    size = section.size or models.image_size(settings.model) or usual
     return load_images(
         section.source, size=size, channels=models.channels(settings.model), seed=settings.run.seed
     )
