@@ -26,7 +26,13 @@ from maskwright.registry import KINDS, PluginInfo, read_catalogue
 from maskwright.testing import pytest_plugin
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/write-a-plugin.md", "docs/registry-file.md", "docs/command-line.md", "docs/runs.md")
+PAGES = (
+    "README.md",
+    "docs/write-a-plugin.md",
+    "docs/registry-file.md",
+    "docs/command-line.md",
+    "docs/runs.md",
+)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
