@@ -21,8 +21,9 @@ def keep_largest(scores: Tensor, count: int | Tensor) -> Tensor:
     """
     if isinstance(count, int) and 0 < count <= scores.shape[1]:
         # Without ties the smallest of the largest is a threshold, found several times faster than an order.
-        chosen = scores >= _smallest_of_largest(scores, count)
-        if bool((chosen.sum(1) == count).all()):
+        chosen = _at_least_the_count(scores, count)
+        # No row has fewer than `count`, so that the total says whether one has more.
+        if int(np.count_nonzero(chosen.cpu().numpy())) == count * len(scores):
             return chosen
     order = scores.argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
@@ -30,13 +31,13 @@ def keep_largest(scores: Tensor, count: int | Tensor) -> Tensor:
     return torch.zeros_like(chosen).scatter_(1, order, chosen)
 
 
-def _smallest_of_largest(scores: Tensor, count: int) -> Tensor:
-    """[B, 1]: the `count`-th largest score of each row."""
+def _at_least_the_count(scores: Tensor, count: int) -> Tensor:
+    """bool [B, N]: True where a score reaches the `count`-th largest of its row, more than `count` times where it is tied."""
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        # numpy partitions rows with vector instructions: four times faster than topk on 14 × 14 patches.
-        place = scores.shape[1] - count
-        return torch.from_numpy(np.partition(scores.detach().numpy(), place, axis=1)[:, place, None])
-    return scores.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+        # numpy partitions and compares rows with vector instructions: four times faster than topk on 14 × 14 patches.
+        values, place = scores.detach().numpy(), scores.shape[1] - count
+        return torch.from_numpy(values >= np.partition(values, place, axis=1)[:, place, None])
+    return scores >= scores.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 
 def noise(layout: Layout, generator: torch.Generator) -> Tensor:
