@@ -188,8 +188,8 @@ CLAIM = Claim(
     decide=decide,
     paper="ViT-B/16 on ImageNet, 200 epochs, fine-tuned: MAE 82.2 %, HPM 83.0 %",
     note="ViT of width 48 and depth 3; crops of 24 pixels of two photographs for the forecast, 1,437 digits for the probes; "
-    "300 steps of 32; the teacher's decays are scaled so that its memory is the paper's share of the training. The size was "
-    "chosen after looks at seeds 8 and 9. The ranking holds in every seed and easy to hard is level with random; what fails is the "
+    "300 steps of 32; the teacher's decays are scaled so that its memory is the paper's share of the training. The size and "
+    "the initialisation were chosen after looks at seeds 8 and 9. The ranking holds in every seed and easy to hard is level with random; what fails is the "
     "middle: the masks are not reliably harder, for a teacher trained at mask tokens and asked at visible ones is a weak guide "
     "after so few steps",
 )
