@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.errors import BadParameter, UnequalMaskCounts
-from maskwright.toolkit.decoders import DecoderInput, transformer
-from maskwright.toolkit.images import denormalize_patches, normalize_patches, patchify, unpatchify
+from maskwright.toolkit.decoders import DecoderInput, initialize_linear, transformer
+from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
 
 
 def hidden_error(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class BoundMaskedAutoencoder(BoundObjective):
         self.decoder = transformer(width, settings.decoder_depth, settings.decoder_heads)
         self.predict = nn.Linear(width, pixels)
         for module in (self.decoder_input, self.decoder, self.predict):
-            module.apply(_initialize)
+            module.apply(initialize_linear)
 
     def encode(self, pixels: Tensor, mask: Mask) -> Tensor:
         """[B, C, H, W] → [B, P+K, D]: the encoder on prefix and visible tokens."""
@@ -120,27 +120,10 @@ class BoundMaskedAutoencoder(BoundObjective):
             "features": encoded[:, encoded.shape[1] - mask.visible_indices().shape[1] :],
         }
         if not self.training:
-            outputs["reconstruction"] = self.picture(prediction, pixels, hidden)
+            outputs["reconstruction"] = fill_hidden(
+                pixels, prediction, hidden, tuple(self.backbone.grid), normalized=self.settings.norm_pix
+            )
         return Loss(total=loss, parts={"pixels": loss}, outputs=outputs)
-
-    @torch.no_grad()
-    def picture(self, prediction: Tensor, pixels: Tensor, hidden: Tensor) -> Tensor:
-        """[B, C, H, W]: the image with its hidden patches (bool [B, N]) replaced by what was predicted."""
-        patches = patchify(pixels, self.backbone.patch_size)
-        if self.settings.norm_pix:
-            prediction = denormalize_patches(prediction, patches)
-        shown = torch.where(hidden[..., None], prediction, patches)
-        return unpatchify(shown, tuple(self.backbone.grid), self.backbone.patch_size)
-
-
-def _initialize(module: nn.Module) -> None:
-    """Linear layers as in MAE: Xavier-uniform weights, zero biases."""
-    if isinstance(module, nn.MultiheadAttention):
-        nn.init.xavier_uniform_(module.in_proj_weight)
-        nn.init.zeros_(module.in_proj_bias)
-    elif isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
 
 
 COMPONENTS = (MaskedAutoencoder,)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.errors import BadParameter, UnequalMaskCounts
-from maskwright.toolkit.decoders import DecoderInput, transformer
-from maskwright.toolkit.images import denormalize_patches, normalize_patches, patchify, unpatchify
+from maskwright.toolkit.decoders import DecoderInput, initialize_linear, transformer
+from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
 from maskwright.toolkit.teachers import follow, teacher_of
 
 EPSILON = 1e-6
@@ -107,7 +107,7 @@ class Network(nn.Module):
         self.predict_loss = nn.Linear(width, pixels)
         for name, module in self.named_children():
             if name != "backbone":
-                module.apply(_initialize)
+                module.apply(initialize_linear)
 
     def encode(self, pixels: Tensor, mask: Mask) -> Tensor:
         """[B, C, H, W] → [B, P+N, width]: what both decoders see, in raster order."""
@@ -195,7 +195,13 @@ class BoundHardPatchesMining(BoundObjective):
             parts={"pixels": reconstruction, "loss_prediction": ranking},
             outputs={
                 "prediction": prediction,
-                "reconstruction": self.picture(prediction, pixels, mask),
+                "reconstruction": fill_hidden(
+                    pixels,
+                    prediction,
+                    (~mask).keep,
+                    tuple(self.backbone.grid),
+                    normalized=self.settings.norm_pix,
+                ),
                 "patch_error": error.detach(),
                 "patch_loss": forecast.detach(),
             },
@@ -205,22 +211,3 @@ class BoundHardPatchesMining(BoundObjective):
         """The teacher follows."""
         of = self.settings
         follow(self.teacher, self.network, teacher_decay(progress, of.ema_start, of.ema_end, of.ema_warmup))
-
-    @torch.no_grad()
-    def picture(self, prediction: Tensor, pixels: Tensor, mask: Mask) -> Tensor:
-        """[B, C, H, W]: the image with its hidden patches replaced by what was predicted."""
-        patches = patchify(pixels, self.backbone.patch_size)
-        if self.settings.norm_pix:
-            prediction = denormalize_patches(prediction, patches, EPSILON)
-        shown = torch.where(mask.keep[..., None], patches, prediction.to(patches.dtype))
-        return unpatchify(shown, tuple(self.backbone.grid), self.backbone.patch_size)
-
-
-def _initialize(module: nn.Module) -> None:
-    """Linear layers as in MAE: Xavier-uniform weights, zero biases."""
-    if isinstance(module, nn.MultiheadAttention):
-        nn.init.xavier_uniform_(module.in_proj_weight)
-        nn.init.zeros_(module.in_proj_bias)
-    elif isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)

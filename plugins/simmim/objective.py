@@ -12,6 +12,7 @@ from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt
 from maskwright.errors import MaskShapeError
 from maskwright.toolkit.distributed import mean_over_processes
 from maskwright.toolkit.images import patchify
+from maskwright.toolkit.selection import at_visible
 
 EPSILON = 1e-5
 """Added to the number of hidden pixels, so that an empty mask costs exactly nothing."""
@@ -104,16 +105,7 @@ class BoundSimMim(BoundObjective):
         loss = hidden_l1(predicted, pixels, hidden, count)
         outputs = {
             "prediction": patchify(predicted, self.backbone.patch_size),
-            "features": visible(encoded, keep),
+            "features": at_visible(encoded, keep),
             "reconstruction": torch.where(hidden, predicted, pixels).detach(),
         }
         return Loss(total=loss, parts={"pixels": loss}, outputs=outputs)
-
-
-def visible(encoded: Tensor, keep: Tensor) -> Tensor:
-    """[B, N, D] at the visible positions, bool [B, N]: [B, K, D], or [ΣK, D] where rows keep unequal numbers."""
-    counts = keep.sum(1)
-    chosen = encoded[keep]
-    return (
-        chosen.unflatten(0, (len(keep), -1)) if bool((counts == counts[0]).all()) and len(chosen) else chosen
-    )

@@ -14,7 +14,8 @@ from maskwright.errors import BackboneMismatch, BadParameter, MaskShapeError
 from maskwright.plugins.spark.decoder import ChannelNorm, Decoder, fill_empty, widths
 from maskwright.plugins.spark.sparse import Sparse
 from maskwright.toolkit.distributed import mean_over_processes
-from maskwright.toolkit.images import normalize_patches, patchify, unpatchify
+from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
+from maskwright.toolkit.selection import at_visible
 
 EPSILON = 1e-8
 """Added to the number of hidden patches, so that an empty mask costs exactly nothing."""
@@ -158,20 +159,10 @@ class BoundSpark(BoundObjective):
         loss = hidden_l2(prediction, normalize_patches(patchify(pixels, self.patch_size)), hidden, count)
         outputs = {
             "prediction": prediction,
-            "features": visible(maps[-1], mask),
-            "reconstruction": self.picture(prediction, pixels, mask),
+            "features": at_visible(maps[-1].flatten(2).transpose(1, 2), mask.flatten().keep),
+            "reconstruction": fill_hidden(pixels, prediction, hidden, tuple(mask.shape[1:]), normalized=True),
         }
         return Loss(total=loss, parts={"pixels": loss}, outputs=outputs)
-
-    @torch.no_grad()
-    def picture(self, prediction: Tensor, pixels: Tensor, mask: Mask) -> Tensor:
-        """[B, C, H, W]: the image with its hidden blocks replaced by what was predicted [B, N, p·p·C]."""
-        blocks = patchify(pixels, self.patch_size)
-        variance, mean = torch.var_mean(blocks, dim=-1, keepdim=True)
-        predicted = prediction * (variance + 1e-6).sqrt() + mean
-        shown = torch.where(mask.flatten().keep[..., None], blocks, predicted)
-        rows, columns = mask.shape[1:]
-        return unpatchify(shown, (rows, columns), self.patch_size)
 
     def _whole(self, mask: Mask, pixels: Tensor) -> Mask:
         """The mask, when it is one of this network's coarsest map for these images."""
@@ -204,13 +195,6 @@ class BoundSpark(BoundObjective):
                     "of PyTorch's own convolutions, linear layers or norms, or its activation is not 0 at 0."
                 )
         self._looked = True
-
-
-def visible(x: Tensor, mask: Mask) -> Tensor:
-    """[B, C, h, w] at the visible positions of a mask [B, h, w]: [B, K, C], or [ΣK, C] where rows keep unequal numbers."""
-    chosen = x.permute(0, 2, 3, 1)[mask.keep]
-    equal = bool((mask.counts == mask.counts[0]).all())
-    return chosen.unflatten(0, (len(x), -1)) if equal and len(chosen) else chosen
 
 
 def _refuse_other_processes(backbone: nn.Module) -> None:

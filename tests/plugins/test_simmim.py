@@ -12,9 +12,10 @@ from maskwright.backbones.defaults import vision_transformer
 from maskwright.errors import BackboneMismatch, BadParameter, MaskShapeError, UnsupportedLayout
 from maskwright.plugins.simmim.claim import CLAIM, decide, distance_of, mean_distance
 from maskwright.plugins.simmim.masks import SimMimBlocks, hidden_count, suited_mask_patch
-from maskwright.plugins.simmim.objective import SimMim, hidden_l1, replace_hidden, visible
+from maskwright.plugins.simmim.objective import SimMim, hidden_l1, replace_hidden
 from maskwright.testing import conformance
 from maskwright.toolkit.images import patchify
+from maskwright.toolkit.selection import at_visible
 
 GRID, PATCH = (4, 4), 4
 
@@ -313,9 +314,9 @@ def test_outputs_are_what_they_say():
 def test_features_of_unequal_counts_are_listed_one_after_the_other():
     encoded = torch.arange(12.0).view(2, 3, 2)
     keep = torch.tensor([[True, False, True], [True, True, True]])
-    assert torch.equal(visible(encoded, keep), encoded[keep])
-    assert visible(encoded, ~keep).shape == (1, 2)
-    assert visible(encoded, keep & torch.tensor([True, False, True])).shape == (2, 2, 2)
+    assert torch.equal(at_visible(encoded, keep), encoded[keep])
+    assert at_visible(encoded, ~keep).shape == (1, 2)
+    assert at_visible(encoded, keep & torch.tensor([True, False, True])).shape == (2, 2, 2)
 
 
 def test_gradients_reach_every_parameter():

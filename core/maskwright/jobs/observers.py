@@ -13,6 +13,7 @@ import pluggy
 from maskwright import hookspecs
 from maskwright.errors import PluginLoadError, UnknownComponent, UsageError, did_you_mean
 from maskwright.hookspecs import hookimpl
+from maskwright.jobs.settings import leaves
 from maskwright.protocols import RunInfo
 from maskwright.registry import Registry
 
@@ -122,7 +123,7 @@ class TensorBoard:
         self._tracker = TensorBoardTracker("", run.folder / "tensorboard")
         self._tracker.start()
         self._tracker.log(
-            {"settings": "\n".join(f"    {name} = {value}" for name, value in _flat(run.settings))}
+            {"settings": "\n".join(f"    {name} = {value}" for name, value in leaves(run.settings))}
         )
 
     @hookimpl
@@ -137,11 +138,3 @@ class TensorBoard:
         }
         self._tracker.log(numbers, step=run.steps)
         self._tracker.finish()
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from maskwright.errors import MaskwrightError, OutputError
 from maskwright.jobs import pictures
+from maskwright.jobs.settings import leaves
 from maskwright.mask import Mask, load_masks, write_whole
 
 if TYPE_CHECKING:
@@ -240,19 +241,11 @@ def _state(run: Run) -> str:
 
 def _find(settings: Mapping[str, Any], key: str) -> Any:
     """A setting by its last name, wherever it stands."""
-    return next((value for name, value, _ in _flat_values(settings) if name.rpartition(".")[2] == key), None)
-
-
-def _flat_values(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any, None]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat_values(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value, None
+    return next((value for name, value in leaves(settings) if name.rpartition(".")[2] == key), None)
 
 
 def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    for name, value, _ in _flat_values(table):
+    for name, value in leaves(table):
         yield name, say(value)
 
 

@@ -37,7 +37,7 @@ from maskwright.jobs.checkpoint import (
     save_checkpoint,
 )
 from maskwright.jobs.observers import Observers
-from maskwright.jobs.settings import Settings
+from maskwright.jobs.settings import Settings, leaves
 from maskwright.mask import Mask, save_masks, write_whole
 from maskwright.protocols import RunInfo, Step
 from maskwright.registry import Registry, default
@@ -446,7 +446,7 @@ class Run:
         return dict(tables)
 
     def _check_same_settings(self, header: Mapping[str, Any], path: Path) -> None:
-        then, now = dict(_leaves(header["settings"])), dict(_leaves(self._fingerprint()))
+        then, now = dict(leaves(header["settings"])), dict(leaves(self._fingerprint()))
         for name in sorted({*then, *now}):
             if then.get(name) != now.get(name):
                 raise CheckpointError(
@@ -679,14 +679,6 @@ def _save_model(model: Any, folder: Path) -> None:
 
     with quiet_transformers():
         model.save_pretrained(folder)
-
-
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 __all__ = ["RUNS", "Result", "Run"]

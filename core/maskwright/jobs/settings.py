@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -358,6 +358,15 @@ def _deep(old: Any, new: Any) -> Any:
     for key, value in new.items():
         merged[key] = _deep(merged.get(key), value)
     return merged
+
+
+def leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables by their dotted names: `("strategy.ratio", 0.5)`; the inverse of `nested`."""
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _read(path: Path) -> dict[str, Table]:

@@ -43,3 +43,13 @@ class DecoderInput(nn.Module):
         tokens = self.embed(encoded)
         full = mask.scatter_visible(tokens[:, prefix:], self.mask_token) + self.positions
         return torch.cat([tokens[:, :prefix], full], dim=1)
+
+
+def initialize_linear(module: nn.Module) -> None:
+    """Linear layers as in MAE: Xavier-uniform weights, zero biases."""
+    if isinstance(module, nn.MultiheadAttention):
+        nn.init.xavier_uniform_(module.in_proj_weight)
+        nn.init.zeros_(module.in_proj_bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

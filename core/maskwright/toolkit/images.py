@@ -35,6 +35,21 @@ def denormalize_patches(prediction: Tensor, patches: Tensor, eps: float = 1e-6) 
     return prediction * (squares / (patches.shape[-1] - 1) + eps).sqrt() + mean
 
 
+@torch.no_grad()
+def fill_hidden(
+    pixels: Tensor, prediction: Tensor, hidden: Tensor, grid: tuple[int, int], *, normalized: bool
+) -> Tensor:
+    """[B, C, H, W]: images with their hidden patches (bool [B, N]) replaced by what was predicted of them [B, N, p·p·C].
+
+    `normalized` predictions are brought back to pixels with the true patch's own mean and deviation.
+    """
+    patch_size = pixels.shape[-1] // grid[1]
+    patches = patchify(pixels, patch_size)
+    if normalized:
+        prediction = denormalize_patches(prediction, patches)
+    return unpatchify(torch.where(hidden[..., None], prediction.to(patches.dtype), patches), grid, patch_size)
+
+
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     """Fixed 2-D sine-cosine positions [1, N, width]: half of the width for columns, half for rows (MoCo v3, MAE)."""
     quarter = width // 4

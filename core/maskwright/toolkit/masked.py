@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from maskwright.toolkit.calibration import evaluating
-from maskwright.toolkit.prunable import Weight
+from maskwright.toolkit.prunable import Weight, identity
 
 Replace: TypeAlias = Callable[[Mapping[str, Tensor]], None]
 """Puts tensors of the parameters' shapes in their places, by name."""
@@ -29,7 +28,7 @@ def replaced(model: nn.Module, weights: Sequence[Weight]) -> Iterator[Replace]:
             (owner, attribute)
             for owner in weight.owners
             for attribute, parameter in owner._parameters.items()
-            if parameter is not None and _same(parameter, weight.parameter)
+            if parameter is not None and identity(parameter) == identity(weight.parameter)
         ]
         for weight in weights
     }
@@ -53,7 +52,3 @@ def replaced(model: nn.Module, weights: Sequence[Weight]) -> Iterator[Replace]:
                 owner._parameters[attribute] = original
             for parameter, flag in required:
                 parameter.requires_grad_(flag)
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)

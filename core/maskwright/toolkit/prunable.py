@@ -44,7 +44,7 @@ class Rule:
 
     def __call__(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters by name, in the order in which the model defines them, each once."""
-        taken = {_identity(weight) for weight in _dense_weights(model)}
+        taken = {identity(weight) for weight in _dense_weights(model)}
         chosen: dict[str, nn.Parameter] = {}
         for name, module in _modules(model):
             weight = getattr(module, "weight", None)
@@ -53,11 +53,11 @@ class Rule:
                 isinstance(weight, nn.Parameter)
                 and type_of(module) in self.types
                 and weight.is_floating_point()
-                and _identity(weight) not in taken
+                and identity(weight) not in taken
                 and any(fnmatchcase(path, pattern) for pattern in self.include)
                 and not any(fnmatchcase(path, pattern) for pattern in self.exclude)
             ):
-                taken.add(_identity(weight))
+                taken.add(identity(weight))
                 chosen[path] = weight
         return chosen
 
@@ -91,7 +91,7 @@ def _dense_weights(model: nn.Module) -> list[Tensor]:
     return [*tables, head] if isinstance(head, Tensor) else tables
 
 
-def _identity(tensor: Tensor) -> Any:
+def identity(tensor: Tensor) -> Any:
     """The same for tensors that share their memory."""
     start = tensor.data_ptr() if tensor.device.type != "meta" else 0
     return (start, tuple(tensor.shape)) if start else id(tensor)
@@ -190,7 +190,7 @@ def prunable_weights(
     users: dict[Any, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            users.setdefault(_identity(parameter), []).append(module)
+            users.setdefault(identity(parameter), []).append(module)
     weights = []
     for name, parameter in chosen.items():
         try:
@@ -200,7 +200,7 @@ def prunable_weights(
             raise BadModel(
                 f"The model has no parameter {name!r}, which the rule names as prunable."
             ) from None
-        others = [module for module in users[_identity(parameter)] if module is not owner]
+        others = [module for module in users[identity(parameter)] if module is not owner]
         weights.append(Weight(name, parameter, (owner, *others)))
     require_finite(weights)
     return weights

@@ -40,6 +40,13 @@ def _at_least_the_count(scores: Tensor, count: int) -> Tensor:
     return scores >= scores.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 
+def at_visible(x: Tensor, keep: Tensor) -> Tensor:
+    """[B, N, D] at the visible positions, bool [B, N]: [B, K, D], or [ΣK, D] where rows keep unequal numbers."""
+    counts, chosen = keep.sum(1), x[keep]
+    equal = bool((counts == counts[0]).all()) and len(chosen) > 0
+    return chosen.unflatten(0, (len(keep), -1)) if equal else chosen
+
+
 def noise(layout: Layout, generator: torch.Generator) -> Tensor:
     """Uniform [B, N] numbers in float64 (ties have no part in any law), from the generator, on the layout's device."""
     return torch.rand(
