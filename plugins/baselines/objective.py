@@ -36,6 +36,7 @@ class MaskedAutoencoder:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset()
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     example_parameters: ClassVar[dict[str, int]] = {
         "decoder_width": 16,
         "decoder_depth": 1,

@@ -64,6 +64,7 @@ class HardPatchesMining:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset({"patch_loss"})
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     default_strategy: ClassVar[str] = "hard-patches"
     example_parameters: ClassVar[dict[str, int]] = {
         "decoder_width": 16,

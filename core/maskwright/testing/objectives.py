@@ -32,6 +32,7 @@ from maskwright.backbones import KINDS as BACKBONE_KINDS
 from maskwright.errors import BackboneMismatch, UnequalMaskCounts
 from maskwright.mask import Layout, Mask
 from maskwright.protocols import BoundObjective, Loss
+from maskwright.registry import needs_equal_counts
 from maskwright.testing.backbones import LENGTH, NAMES, VOCABULARY, backbone, seeded
 from maskwright.testing.rules import (
     Rule,
@@ -325,20 +326,28 @@ def check_extreme_masks_are_survived(component: Any, example: Pass) -> None:
 
 @rule(KIND, cases=passes, examples=10)
 def check_unequal_counts_are_taken_or_refused(component: Any, example: Pass) -> None:
-    """A mask that keeps another number in each row gives a finite loss or raises `UnequalMaskCounts`."""
+    """A mask that keeps another number in each row gives a finite loss, or `UnequalMaskCounts` from a class that says so.
+
+    It says so with `counts = "exact"`: then a strategy of bounded counts is refused when a run is configured, not in step 1.
+    """
     scene = ready(component, attrs.evolve(example, rows=max(2, example.rows)))
     unwanted(not bool(played(scene).total.isfinite()) or hasattr(component, "example_mask"))
     generator = torch.Generator().manual_seed(example.seed)
     layout = Layout(scene.mask.shape[0], tuple(scene.mask.shape[1:]), scene.mask.device)
     counts = 1 + torch.arange(layout.batch) * (layout.positions - 2) // max(1, layout.batch - 1)
     mask = random_mask(layout, counts, generator)
+    needs_equal = needs_equal_counts(component)
     try:
         total = scene.loss(mask=mask).total.detach()
     except UnequalMaskCounts:
+        require(needs_equal, 'it raised UnequalMaskCounts: say `counts = "exact"` on the class.', mask)
         return
     except Exception as error:
         require(False, f"{type(error).__name__}: {error}", mask)
     require(total.isfinite(), f"the loss is {float(total)} for rows that keep {counts.tolist()}.", mask)
+    require(
+        not needs_equal, f'rows that keep {counts.tolist()} were taken; leave `counts = "exact"` out.', mask
+    )
 
 
 # -- who learns ----------------------------------------------------------------------------------------------
