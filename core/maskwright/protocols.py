@@ -114,7 +114,7 @@ class BoundObjective(nn.Module):
 class Objective(Protocol):
     """Decides what is learned from what is left.
 
-    `backbone` names the kind of backbone it works on (a protocol of maskwright.backbones: "patch", "conv", "token",
+    `backbone` names the kind of backbone it works on (a protocol of maskwright.backbones: "patch", "grid", "conv", "token",
     "denoiser"). `needs` are batch columns; `provides` are signals that its bound form can compute. Optionally `counts`:
     "exact" where every row must keep the same number of positions, "any" (the default) otherwise.
     """

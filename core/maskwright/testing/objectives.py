@@ -225,9 +225,10 @@ def check_binds_to_its_kind_of_backbone(component: Any) -> None:
 def check_other_backbones_are_refused(component: Any) -> None:
     """`bind` raises `BackboneMismatch` for a module that is no backbone of its kind (anything may be a denoiser)."""
     others: dict[str, nn.Module] = {"Linear": nn.Linear(2, 2)}
-    for kind, names in NAMES.items():
-        if kind != component.backbone:
-            others[names[0]] = backbone(names[0], 0)
+    own = NAMES.get(component.backbone, ())
+    for names in NAMES.values():
+        for name in [name for name in names if name not in own][:1]:
+            others[name] = backbone(name, 0)
     for name, module in others.items():
         error: Exception | None = None
         try:
