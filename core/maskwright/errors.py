@@ -50,6 +50,10 @@ class MissingSignal(UsageError):
     """A strategy needs a signal that the chosen objective does not provide."""
 
 
+class CountsMismatch(UsageError, ValueError):
+    """A strategy keeps unequal numbers of positions, and the objective needs equal ones."""
+
+
 class MissingColumn(UsageError):
     """An objective needs a batch column that the data do not have."""
 

@@ -40,8 +40,10 @@ class Component(Protocol):
 class MaskStrategy(Protocol):
     """Decides what is hidden.
 
-    Class attributes beside those of `Component`: `needs`, the signals it must be given; optionally `monotone`, the
-    parameters (or "progress") that never shrink the hidden set as they grow, and `exempt` (see maskwright.testing).
+    Class attributes beside those of `Component`: `needs`, the signals it must be given; optionally `counts`, "exact" (the
+    default: every row of a draw keeps the same number) or "bounded", and `exact_with`, the parameters that make bounded
+    counts exact; `monotone`, the parameters (or "progress") that never shrink the hidden set as they grow; and `exempt` (see
+    maskwright.testing).
     """
 
     kind: ClassVar[str]
@@ -112,8 +114,9 @@ class BoundObjective(nn.Module):
 class Objective(Protocol):
     """Decides what is learned from what is left.
 
-    `backbone` names the kind of backbone it works on (a protocol of maskwright.backbones: "patch", "conv", "token",
-    "denoiser"). `needs` are batch columns; `provides` are signals that its bound form can compute.
+    `backbone` names the kind of backbone it works on (a protocol of maskwright.backbones: "patch", "grid", "conv", "token",
+    "denoiser"). `needs` are batch columns; `provides` are signals that its bound form can compute. Optionally `counts`:
+    "exact" where every row must keep the same number of positions, "any" (the default) otherwise.
     """
 
     kind: ClassVar[str]

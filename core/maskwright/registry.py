@@ -30,6 +30,7 @@ import pluggy
 from maskwright import hookspecs
 from maskwright.errors import (
     BadParameter,
+    CountsMismatch,
     MaskwrightError,
     MissingColumn,
     MissingSignal,
@@ -52,6 +53,12 @@ BUILT_IN = "maskwright"
 METHODS = {"mask-strategy": "draw", "objective": "bind", "pruner": "prune", "sampler": "sample"}
 """What a component of each kind is called with."""
 
+COUNTS = {"mask-strategy": ("exact", "bounded"), "objective": ("any", "exact")}
+"""The words that `counts` may be, the default first: what a strategy keeps in each row, and what an objective takes.
+
+"exact" is an equal number of visible positions in every row of a draw.
+"""
+
 _PLUGIN_KEYS = frozenset({"module", "title", "paper", "code", "family", "extras", "components"})
 _COMPONENT_KEYS = frozenset(
     {
@@ -61,6 +68,8 @@ _COMPONENT_KEYS = frozenset(
         "summary",
         "needs",
         "provides",
+        "counts",
+        "exact_with",
         "backbone",
         "domain",
         "budgets",
@@ -142,6 +151,10 @@ class ComponentInfo:
     summary: str = ""
     needs: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
+    counts: str = ""
+    """A word of `COUNTS`; empty for the kind's default, or what a class at worst may be whose instances differ."""
+    exact_with: Mapping[str, str] = attrs.field(factory=dict)
+    """Parameters, as Python spells them, with which a strategy of bounded counts keeps equal ones."""
     backbone: str = ""
     domain: str = ""
     budgets: frozenset[str] = frozenset()
@@ -152,6 +165,11 @@ class ComponentInfo:
     def qualified(self) -> str:
         """`distribution/name`, which is never ambiguous between distributions; `plugin/name` for a user's own file."""
         return f"{self.plugin.owner}/{self.name}"
+
+    @property
+    def exact_parameters(self) -> str:
+        """What a strategy of bounded counts must be given to keep equal ones, such as "exact=True"; or nothing."""
+        return ", ".join(f"{name}={value}" for name, value in self.exact_with.items())
 
 
 class Registry:
@@ -642,6 +660,9 @@ def _complaint(component: Any) -> str:
         return f"its `kind` must be one of {', '.join(KINDS)} and its `name` kebab-case; they are {kind!r} and {name!r}."
     if not callable(getattr(component, METHODS[kind], None)):
         return f"{_a(kind)} has a method `{METHODS[kind]}`."
+    counts = getattr(component, "counts", "")
+    if isinstance(counts, str) and counts and counts not in COUNTS.get(kind, ()):
+        return f"`counts` of {_a(kind)} may be {' or '.join(map(repr, COUNTS.get(kind, ('nothing',))))}, not {counts!r}."
     return ""
 
 
@@ -739,6 +760,10 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
     parameters = entry.get("parameters", [])
     if not isinstance(parameters, list):
         raise RegistryFileError(f"{path}, {where}: parameters must be a list of tables, not {parameters!r}.")
+    counts = _text(entry, "counts", path, where)
+    if counts and counts not in COUNTS.get(kind, ()):
+        legal = ", ".join(COUNTS.get(kind, ())) or f"nothing of {_a(kind)}"
+        raise RegistryFileError(f"{path}, {where}: counts {counts!r} must be {legal}.")
     inside = f"{where} parameters"
     for parameter in parameters:
         _legal_keys(_table(parameter, path, inside), _PARAMETER_KEYS, path, inside)
@@ -746,9 +771,11 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
             _text(parameter, key, path, inside)
         if not parameter.get("name"):
             raise RegistryFileError(f"{path}, {inside}: each needs a `name`.")
-    exempt = _table(entry.get("exempt", {}), path, f"{where} exempt")
-    for rule in exempt:
-        _text(exempt, rule, path, f"{where} exempt")
+    tables = {}
+    for key in ("exempt", "exact_with"):
+        tables[key] = _table(entry.get(key, {}), path, f"{where} {key}")
+        for name_within in tables[key]:
+            _text(tables[key], name_within, path, f"{where} {key}")
     return ComponentInfo(
         kind=kind,
         name=name,
@@ -760,7 +787,8 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
         backbone=_text(entry, "backbone", path, where),
         domain=_text(entry, "domain", path, where),
         budgets=frozenset(_texts(entry, "budgets", path, where)),
-        exempt=exempt,
+        counts=counts,
+        **tables,
         parameters=tuple(Parameter(**parameter) for parameter in parameters),
     )
 
@@ -946,12 +974,23 @@ def describe_component(component: type, plugin: PluginInfo) -> ComponentInfo:
         summary=(component.__doc__ or "").strip().partition("\n")[0].rstrip("."),
         needs=words("needs"),
         provides=words("provides"),
+        counts=_describe_counts(component),
+        exact_with={name: repr(value) for name, value in getattr(component, "exact_with", {}).items()},
         backbone=getattr(component, "backbone", ""),
         domain=getattr(component, "domain", ""),
         budgets=words("budgets"),
         exempt=dict(getattr(component, "exempt", {})),
         parameters=tuple(_describe_parameter(field) for field in fields),
     )
+
+
+def _describe_counts(component: type) -> str:
+    """The word of a class; for one whose instances differ (`counts` is a property) what fits fewest partners."""
+    default, other = COUNTS.get(component.kind, ("", ""))  # type: ignore[attr-defined]
+    counts = getattr(component, "counts", default)
+    if not isinstance(counts, str):
+        return other
+    return "" if counts == default else counts
 
 
 def _describe_parameter(field: attrs.Attribute[Any]) -> Parameter:
@@ -1031,6 +1070,27 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'maskwright.registry' has no attribute {name!r}")
 
 
+def keeps_equal_counts(strategy: Any) -> bool:
+    """Whether every row of a draw of this strategy, as it was made, keeps the same number of positions.
+
+    Its class says `counts = "bounded"` when it may not (the default is "exact"), and `exact_with = {"exact": True}` when it
+    does with these parameters. `counts` may also be a property.
+    """
+    wanted: Mapping[str, Any] = getattr(strategy, "exact_with", {})
+    given = bool(wanted) and all(getattr(strategy, name) == value for name, value in wanted.items())
+    return given or getattr(strategy, "counts", "exact") == "exact"
+
+
+def needs_equal_counts(objective: Any) -> bool:
+    """Whether this objective needs the same number of visible positions in every row: it says `counts = "exact"`."""
+    return getattr(objective, "counts", "any") == "exact"
+
+
+def counts_fit(strategy: ComponentInfo, objective: ComponentInfo) -> bool:
+    """Whether a strategy with its default parameters keeps equal counts where the objective needs them."""
+    return objective.counts != "exact" or strategy.counts != "bounded"
+
+
 def check_fit(
     strategy: MaskStrategy,
     objective: Objective,
@@ -1038,9 +1098,10 @@ def check_fit(
     *,
     catalogue: Registry | None = None,
 ) -> None:
-    """Raise when the strategy needs a signal that nobody provides, or the objective a column the data lack.
+    """Raise when the strategy needs a signal that nobody provides, or the objective a column the data lack or equal counts.
 
-    Batch columns count as signals: a strategy may need "tokens". The message names who could provide what is missing.
+    Batch columns count as signals: a strategy may need "tokens". The message names who could provide what is missing, or
+    with which parameter, or which strategies, the counts are equal.
     """
     if columns is not None and (lacking := objective.needs - columns):
         raise MissingColumn(
@@ -1057,6 +1118,26 @@ def check_fit(
             f"Strategy {strategy.name!r} needs the signal {_quoted(missing)}, which objective {objective.name!r} does not "
             f"provide; {advice}."
         )
+    if needs_equal_counts(objective) and not keeps_equal_counts(strategy):
+        wanted: Mapping[str, Any] = getattr(strategy, "exact_with", {})
+        if wanted:
+            spelled = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
+            advice = f"give {strategy.name!r} {spelled}"
+        else:
+            fitting = sorted(
+                info.name
+                for info in (catalogue or default()).find(kind="mask-strategy")
+                if info.counts != "bounded"
+                and info.needs <= offered
+                and (
+                    not info.modalities or info.modalities & getattr(objective, "modalities", info.modalities)
+                )
+            )
+            advice = f"use one that does: {_quoted(fitting)}" if fitting else "no registered strategy does"
+        raise CountsMismatch(
+            f"Strategy {strategy.name!r} does not keep the same number of positions in every sample, which objective "
+            f"{objective.name!r} needs; {advice}."
+        )
 
 
 def _quoted(names: Iterable[str]) -> str:
@@ -1064,16 +1145,20 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 __all__ = [
+    "COUNTS",
     "KINDS",
     "ComponentInfo",
     "Parameter",
     "PluginInfo",
     "Registry",
     "check_fit",
+    "counts_fit",
     "default",
     "describe_component",
     "drift",
+    "keeps_equal_counts",
     "module_folder",
+    "needs_equal_counts",
     "plugin_folder",
     "read_catalogue",
     "recorded_claim",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
+from maskwright.backbones import encode_visible
 from maskwright.errors import BadParameter, UnequalMaskCounts
 from maskwright.toolkit.decoders import DecoderInput, initialize_linear, transformer
 from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
@@ -64,6 +65,7 @@ class HardPatchesMining:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset({"patch_loss"})
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     default_strategy: ClassVar[str] = "hard-patches"
     example_parameters: ClassVar[dict[str, int]] = {
         "decoder_width": 16,
@@ -113,14 +115,12 @@ class Network(nn.Module):
         """[B, C, H, W] → [B, P+N, width]: what both decoders see, in raster order."""
         tokens = self.backbone.patches(pixels) + self.backbone.positions
         try:
-            visible = mask.gather_visible(tokens)
+            encoded = encode_visible(self.backbone, tokens, mask)
         except UnequalMaskCounts as error:
             raise UnequalMaskCounts(
                 f"hpm drops hidden patches, so each image must keep the same number of them. {error}"
             ) from None
-        prefix = self.backbone.prefix(len(tokens))
-        encoded = self.backbone.encode(torch.cat([prefix, visible], dim=1))
-        return self.decoder_input(encoded, mask, prefix.shape[1])
+        return self.decoder_input(encoded, mask, encoded.shape[1] - mask.visible_indices().shape[1])
 
     def pixels(self, decoder_input: Tensor) -> Tensor:
         """[B, P+N, width] → [B, N, p·p·C]."""

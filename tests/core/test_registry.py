@@ -18,6 +18,7 @@ from maskwright import registry as module
 from maskwright import setting
 from maskwright.errors import (
     BadParameter,
+    CountsMismatch,
     MissingColumn,
     MissingSignal,
     NameConflict,
@@ -913,3 +914,86 @@ def test_a_missing_signal_names_who_provides_it(tmp_path):
         check_fit(*strategy_and_objective(["loss"]), catalogue=registry)
     with pytest.raises(MissingSignal, match="no registered objective provides it"):
         check_fit(*strategy_and_objective(["sound"]), catalogue=registry)
+
+
+def pair_of_counts(strategy=None, objective=None, **parameters):
+    one, other = strategy_and_objective()
+    for component, counts in ((one, strategy), (other, objective)):
+        if counts:
+            component.counts = counts
+    one.exact_with = {"exact": True, "seed": 3}
+    vars(one).update({"exact": False, "seed": 0, **parameters})
+    return one, other
+
+
+@pytest.mark.parametrize(
+    ("strategy", "objective"), [(None, "exact"), ("exact", "exact"), ("bounded", None), ("bounded", "any")]
+)
+def test_counts_fit_unless_they_differ_and_must_not(strategy, objective):
+    check_fit(*pair_of_counts(strategy, objective))
+
+
+def test_unequal_counts_name_the_parameters_that_make_them_equal():
+    said = r"'chooser' does not keep the same .* 'learner' needs; give 'chooser' exact=True, seed=3\.$"
+    with pytest.raises(CountsMismatch, match=said) as caught:
+        check_fit(*pair_of_counts("bounded", "exact", seed=3))
+    assert caught.value.exit_code == 2
+    check_fit(*pair_of_counts("bounded", "exact", seed=3, exact=True))
+
+
+def test_unequal_counts_without_such_parameters_name_strategies_that_fit(tmp_path):
+    strategy, objective = pair_of_counts("bounded", "exact")
+    del strategy.exact_with
+    objective.modalities = frozenset({"image"})
+    table = '[[plugins.one.components]]\nkind = "mask-strategy"\nname = "{}"\nmodalities = ["{}"]\n{}\n'
+    others = [
+        ("even", "image", ""),
+        ("uneven", "image", 'counts = "bounded"'),
+        ("deaf", "image", 'needs = ["loss"]'),
+        ("spoken", "text", ""),
+    ]
+    text = '[plugins.one]\nmodule = "./one.py"\n' + "".join(table.format(*other) for other in others)
+    registry = of_file(user_file(tmp_path, text))
+    with pytest.raises(CountsMismatch, match=r"needs; use one that does: 'even'\.$"):
+        check_fit(strategy, objective, catalogue=registry)
+    nothing = Registry(third_party=False, built_in=False)
+    with pytest.raises(CountsMismatch, match="no registered strategy does"):
+        check_fit(strategy, objective, catalogue=nothing)
+
+
+def test_counts_may_depend_on_what_a_component_holds():
+    """Described as what fits fewest; read from the instance when a run is configured."""
+
+    @attrs.frozen
+    class Wrapper:
+        kind, name = "objective", "wrapper"
+        modalities, needs, provides = frozenset({"image"}), frozenset({"pixels"}), frozenset()
+        inner: str = "exact"
+
+        @property
+        def counts(self):
+            return self.inner
+
+        def bind(self, backbone):
+            return backbone
+
+    strategy, _ = pair_of_counts("bounded")
+    assert describe_component(Wrapper, PluginInfo("", "")).counts == "exact"
+    check_fit(strategy, Wrapper("any"))
+    with pytest.raises(CountsMismatch):
+        check_fit(strategy, Wrapper("exact"))
+
+
+def test_a_word_that_counts_cannot_be_is_refused(tmp_path):
+    path = user_file(tmp_path, COMPONENT.replace("pruner", "mask-strategy") + 'counts = "any"\n')
+    with pytest.raises(RegistryFileError, match="counts 'any' must be exact, bounded"):
+        of_file(path).names()
+
+    class Odd:
+        kind, name, counts = "mask-strategy", "odd", "equal"
+
+        def draw(self):
+            pass
+
+    with pytest.raises(BadParameter, match="may be 'exact' or 'bounded', not 'equal'"):
+        Registry(third_party=False, built_in=False).register(Odd)

@@ -80,6 +80,29 @@ class Thresholds(Right):
         return Mask(keep.view(layout.shape))
 
 
+@attrs.frozen
+class Bounded(Thresholds):
+    """As `Thresholds`, and says so; with `even` every row keeps the same number."""
+
+    counts: ClassVar[str] = "bounded"
+    exact_with: ClassVar[dict[str, bool]] = {"even": True}
+
+    even: bool = False
+
+    def draw(self, layout, **others):
+        return Right.draw(self, layout, **others) if self.even else super().draw(layout, **others)
+
+
+@attrs.frozen
+class NotEven(Bounded):
+    def draw(self, layout, **others):
+        return Thresholds.draw(self, layout, **others)
+
+
+class Modest(Right):
+    counts: ClassVar[str] = "bounded"
+
+
 class HidesAll(Right):
     def draw(self, layout, **others):
         mask = super().draw(layout, **others)
@@ -169,7 +192,7 @@ class Changeable(Right):
         object.__setattr__(self, name, value)
 
 
-RIGHT = (Right, Causal)
+RIGHT = (Right, Causal, Bounded)
 BROKEN = [
     ("draws-a-boolean-mask", Tensors),
     ("draws-a-boolean-mask", Raises),
@@ -177,6 +200,8 @@ BROKEN = [
     ("shape-is-the-layouts", OneQueryMore),
     ("device-is-the-layouts", Elsewhere),
     ("counts-are-equal", Thresholds),
+    ("counts-are-equal", NotEven),
+    ("bounded-counts-differ", Modest),
     ("no-row-is-all-hidden", HidesAll),
     ("no-row-is-all-hidden", KeepsTooMany),
     ("no-row-is-all-hidden", Blind),

@@ -212,7 +212,8 @@ def component_as_json(
     """One component for programs.
 
     `kind`; `name`; `address` (the name to ask for: `name`, or `qualified` where another has the same); `qualified`; `summary`;
-    `modalities`, `needs`, `provides`, `budgets` (sorted lists); `backbone`; `domain`; `parameters` (a list of `name`, `type`,
+    `modalities`, `needs`, `provides`, `budgets` (sorted lists); `counts` ("bounded" for a strategy whose rows may keep different
+    numbers, "exact" for an objective that needs equal ones, else ""); `exact_with`; `backbone`; `domain`; `parameters` (a list of `name`, `type`,
     `default`, `range`, `help`, all texts); `exempt` (rule → reason); `plugin` (slug), `module`, `distribution`, `version`,
     `source`; `problem` ("" when none is known).
     """
@@ -224,6 +225,8 @@ def component_as_json(
         "qualified": info.qualified,
         "summary": info.summary,
         **{key: sorted(getattr(info, key)) for key in ("modalities", "needs", "provides", "budgets")},
+        "counts": info.counts,
+        "exact_with": dict(info.exact_with),
         "backbone": info.backbone,
         "domain": info.domain,
         "parameters": [

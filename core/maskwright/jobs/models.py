@@ -71,7 +71,7 @@ def read_model(folder: Path, kind: str, dtype: torch.dtype | str = torch.float32
     # Without this, transformers adds a pooler that no objective here trains.
     if (
         kind == "AutoModel"
-        and config["model_type"] in ("vit", "deit")
+        and config["model_type"] in ("vit", "deit", "beit", "swin")
         and not any("pooler." in one for one in names)
     ):
         given["add_pooling_layer"] = False
@@ -159,7 +159,7 @@ def channels(section: ModelSection) -> int:
 
 
 def vision_model(section: ModelSection, *, size: int, seed: int, backbone: str = "patch") -> Any:
-    """A ViT ("patch") or ResNet ("conv"): the user's, or a small one for images of `size` pixels."""
+    """A ViT ("patch", "grid") or ResNet ("conv"): the user's, or a small one for images of `size` pixels."""
     if section.source != DEFAULT:
         return read_model(Path(section.source), "AutoModel")
     if backbone == "conv":

@@ -177,7 +177,7 @@ def model(settings: Settings, objective: Objective, source: ImageSource | TextSo
     seed = settings.run.seed
     if isinstance(source, TextSource):
         return models.language_model(settings.model, source, causal=is_causal(objective), seed=seed)
-    if objective.backbone not in ("patch", "conv"):
+    if objective.backbone not in ("patch", "grid", "conv"):
         raise BackboneMismatch(
             f"The objective {objective.name!r} works on a {objective.backbone}; this job trains encoders of patches, "
             "convolutional networks and language models. Use maskwright.MaskedTraining on your own module instead."
