@@ -28,6 +28,8 @@ HIDDEN = (0.60, 0.62, 0.65)
 
 KEPT_CELL = (59, 130, 196)
 HIDDEN_CELL = (214, 219, 225)
+OPPOSITE_CELL = (217, 119, 43)
+FRAME = "#14171a"
 INK = "#767c85"
 """Text and axes: contrast 4:1 or better on white and on near-black."""
 
@@ -82,6 +84,24 @@ def mask_image(mask: Tensor | Mask, cell: int = 12) -> Image.Image:
             alpha[:, offset::cell] = 0
         images.append(Pillow.fromarray(torch.cat([painted, alpha], 2).numpy()))
     return images[0] if len(images) == 1 else grid_of(images, columns=len(images), gap=cell)
+
+
+def similarity_image(values: Tensor, chosen: tuple[int, int] | None = None, side: int = 160) -> Image.Image:
+    """Cosines [h, w] in [-1, 1]: blue is alike, pale is unrelated, orange is opposite. The place `chosen` (row, column) is framed."""
+    from PIL import ImageDraw
+
+    low, middle, high = (torch.tensor(colour).float() for colour in (OPPOSITE_CELL, HIDDEN_CELL, KEPT_CELL))
+    share = values.detach().cpu().float().nan_to_num().clamp(-1, 1)[..., None]
+    painted = torch.where(share < 0, middle.lerp(low, -share), middle.lerp(high, share))
+    image = enlarged(picture(painted.permute(2, 0, 1) / 255), side)
+    if chosen is not None:
+        cell = image.width // values.shape[1]
+        top, left = chosen[0] * cell, chosen[1] * cell
+        pen = ImageDraw.Draw(image)
+        pen.rectangle(
+            (left, top, left + cell - 1, top + cell - 1), outline=FRAME, width=max(1, round(cell / 10))
+        )
+    return image
 
 
 def attention_image(mask: AttentionMask, side: int = 256, *, batch: int = 0, head: int = 0) -> Image.Image:

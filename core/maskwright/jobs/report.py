@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -203,7 +203,10 @@ def render(run: Run) -> str:
             "results": list(_flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
             "version": __version__,
             "numbers": [],
-            "rows": [],
+            "rows": {},
+            "row_names": ROWS,
+            "zip": zip,
+            "pictures_caption": pictures_caption,
             "charts": [],
             "corners": [],
             "texts": [],
@@ -261,40 +264,120 @@ def _pretrain(run: Run) -> dict[str, Any]:
                 ("final loss", ("final_loss", "loss"), say, "mean of the last steps"),
                 ("held-out loss", ("held_out_loss",), say, ""),
                 ("perplexity", ("perplexity",), say, "held out"),
-                ("linear probe", ("linear_probe",), share, "accuracy, held out"),
-                ("kNN probe", ("knn_probe",), share, "accuracy, held out"),
+                ("linear probe", ("linear_probe",), share, _before(run, "linear_probe")),
+                ("kNN probe", ("knn_probe",), share, _before(run, "knn_probe")),
             ),
             *([Number("hidden", share(hidden.pop()), "of each image")] if len(hidden) == 1 else []),
             *_time(run),
+            *_headline(
+                run,
+                ("a step", ("seconds_per_step",), duration, "median"),
+                ("operations", ("flops_per_step",), flops, _teachers_part(run)),
+                ("memory", ("peak_memory",), size, "at the peak"),
+            ),
         ],
-        "rows": _image_rows(run.tensors),
+        "rows": image_rows(run.tensors),
         "texts": _texts(run),
         "texts_title": "What it writes on held-out text",
         "charts": _loss_charts(run),
     }
 
 
-def _image_rows(tensors: Mapping[str, Tensor]) -> list[tuple[Figure, ...]]:
-    """For each image: original, what the model saw, reconstruction (where there is one)."""
+def _before(run: Run, probe: str) -> str:
+    """What a probe is to be held against."""
+    before = run.summary.get(f"{probe}_before")
+    return f"held out; {share(before)} before" if _is_number(before) else "accuracy, held out"
+
+
+def _teachers_part(run: Run) -> str:
+    apart = run.summary.get("flops_without_gradient")
+    return f"a step; {flops(apart)} without gradient" if _is_number(apart) and apart else "a step"
+
+
+ROWS = {
+    "originals": "original",
+    "masks": "what the model saw",
+    "reconstructions": "reconstruction",
+    "similarity": "alike to the framed patch",
+    "components": "main components",
+}
+"""The rows of pictures, by the tensor that each shows, in the page's order."""
+
+
+def image_rows(tensors: Mapping[str, Tensor]) -> dict[str, list[Figure]]:
+    """For each row's name in `ROWS`, a picture of each image: original, what the model saw, and what it made of it.
+
+    That is the reconstruction; where nothing is reconstructed, two maps of the encoder's features.
+    """
     originals, masks = tensors.get("originals"), tensors.get("masks")
-    if originals is None or masks is None or originals.ndim != 4 or masks.ndim != 3:
-        return []
-    predicted = tensors.get("reconstructions")
-    rows = []
-    for index, (pixels, keep) in enumerate(zip(originals[:IMAGES_SHOWN], masks.bool())):
+    if originals is None or originals.ndim != 4:
+        return {}
+    if masks is not None and (masks.ndim != 3 or len(masks) < len(originals)):
+        return {}
+    names = [name for name in ROWS if _belongs(tensors, name)]
+    if names == ["originals"]:
+        return {}
+    if "reconstructions" in names:
+        names = [name for name in names if name not in ("similarity", "components")]
+    count = min(IMAGES_SHOWN, len(originals))
+    return {name: [cell(tensors, name, index) for index in range(count)] for name in names}
+
+
+def _belongs(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a row can be drawn: its tensor is there, of the right number of dimensions, with an entry for each image."""
+    tensor, images = tensors.get(name), tensors["originals"]
+    dimensions = 3 if name in ("masks", "similarity") else 4
+    if tensor is None or tensor.ndim != dimensions or len(tensor) < len(images):
+        return False
+    return name != "reconstructions" or (tensor.shape == images.shape and "masks" in tensors)
+
+
+def cell(tensors: Mapping[str, Tensor], name: str, index: int) -> Figure:
+    """One picture of the table of images."""
+    pixels, which = tensors["originals"][index], f"Held-out image {index + 1}"
+    if name == "originals":
+        return figure(pictures.picture(pixels), f"{which}, original")
+    if name == "similarity":
+        chosen = tensors.get("chosen")
+        place = (int(chosen[index, 0]), int(chosen[index, 1])) if chosen is not None else None
+        return figure(
+            pictures.similarity_image(tensors[name][index], place),
+            f"{which}, how much each patch's feature is like that of the framed one",
+        )
+    if name == "components":
+        return figure(
+            pictures.picture(tensors[name][index]),
+            f"{which}, main components of the patches' features as colours",
+        )
+    keep = tensors["masks"][index].bool()
+    if name == "masks":
         hidden = share(1 - keep.float().mean().item())
-        seen = pictures.overlay(pixels, keep)
-        row = [
-            figure(pictures.picture(pixels), f"Held-out image {index + 1}, original"),
-            figure(seen, f"Held-out image {index + 1} as the model saw it: {hidden} hidden"),
-        ]
-        if predicted is not None:
-            size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-            shown = Mask(keep[None]).upsample(size).keep[0]
-            mended = torch.where(shown, pixels.float(), predicted[index].float())
-            row.append(figure(pictures.picture(mended), f"Held-out image {index + 1}, hidden part predicted"))
-        rows.append(tuple(row))
-    return rows
+        return figure(pictures.overlay(pixels, keep), f"{which} as the model saw it: {hidden} hidden")
+    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    shown = Mask(keep[None]).upsample(size).keep[0]
+    mended = torch.where(shown, pixels.float(), tensors[name][index].float())
+    return figure(pictures.picture(mended), f"{which}, hidden part predicted")
+
+
+def pictures_caption(rows: Collection[str]) -> str:
+    """What a reader must know of the rows that are shown."""
+    said = ["Held-out images."]
+    if "masks" in rows:
+        said.append("Grey patches were hidden from the model.")
+    if "reconstructions" in rows:
+        said.append(
+            "In the reconstruction, only what was hidden is predicted; visible patches are shown as they are."
+        )
+    if "similarity" in rows:
+        said.append(
+            "The trained encoder saw the whole image for its features. Blue: a patch's feature points the way of the framed "
+            "patch's (cosine 1), pale: it has nothing to do with it (0), orange: the opposite."
+        )
+    if "components" in rows:
+        said.append(
+            "Patches of one colour have features that are alike: the first three principal components are red, green and blue."
+        )
+    return " ".join(said)
 
 
 def _loss_charts(run: Run) -> list[Figure]:
@@ -547,8 +630,19 @@ def share(value: float, digits: int = 1) -> str:
     return f"{round(value * 100, digits):g}\N{NO-BREAK SPACE}%"
 
 
+def flops(count: float) -> str:
+    """Operations as one reads them: 2.22 GFLOPs."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if count < 1000 or unit == "P":
+            break
+        count /= 1000
+    return f"{count:.3g}\N{NO-BREAK SPACE}{unit}FLOPs"
+
+
 def duration(seconds: float) -> str:
-    """Seconds as one reads them: 12.3 s, 2 min 05 s, 1 h 03 min."""
+    """Seconds as one reads them: 32 ms, 1.25 s, 12.3 s, 2 min 05 s, 1 h 03 min."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
