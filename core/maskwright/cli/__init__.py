@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": ("maskwright.cli.jobs:pretrain", "Train a model with a mask strategy and an objective."),
     "prune": ("maskwright.cli.jobs:prune", "Prune a language model."),
     "sample": ("maskwright.cli.jobs:sample", "Sample text from a masked denoiser."),
+    "compare": ("maskwright.cli.compare:compare", "Put runs side by side on one page."),
     "install": ("maskwright.cli.install:install", "Install plugins, and say what they bring."),
     "uninstall": ("maskwright.cli.install:uninstall", "Remove plugins, and say what goes."),
     "new": ("maskwright.cli.new:new", "Write a new plugin: a whole distribution that works."),

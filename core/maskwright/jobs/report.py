@@ -25,6 +25,7 @@ from maskwright.jobs.settings import leaves
 from maskwright.mask import Mask, load_masks, write_whole
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from PIL import Image
 
 IMAGES_SHOWN = 8
@@ -79,12 +80,12 @@ class Run:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one metric, in the order of the file."""
-        lines = [line for line in self.metrics if _is_number(line.get(key)) and _is_number(line.get("step"))]
+        lines = [line for line in self.metrics if is_number(line.get(key)) and is_number(line.get("step"))]
         return [line["step"] for line in lines], [line[key] for line in lines]
 
     def metric_names(self) -> list[str]:
         """Metrics that are numbers, in order of appearance, without the step."""
-        names = {key: None for line in self.metrics for key, value in line.items() if _is_number(value)}
+        names = {key: None for line in self.metrics for key, value in line.items() if is_number(value)}
         return [name for name in names if name != "step"]
 
 
@@ -144,7 +145,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(str(error)) from None
 
 
-def _is_number(value: Any) -> TypeGuard[int | float]:
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is one, and not a truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -179,45 +181,53 @@ class Number:
     note: str = ""
 
 
-def render(run: Run) -> str:
-    """The page as HTML."""
+def environment() -> Environment:
+    """Where the templates of the pages are."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from maskwright import __version__
-
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("maskwright.jobs"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render(run: Run) -> str:
+    """The page as HTML."""
+    from maskwright import __version__
+
     specific = {"pretrain": _pretrain, "prune": _prune, "sample": _sample}.get(run.job, _plain)
-    return environment.get_template("report.html.j2").render(
-        {
-            "run": run,
-            "title": _title(run),
-            "state": _state(run),
-            "again": f"maskwright {run.job} run.toml" if run.settings and run.job != "run" else "",
-            "settings": list(_flat(run.settings)),
-            "results": list(_flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
-            "version": __version__,
-            "numbers": [],
-            "rows": {},
-            "row_names": ROWS,
-            "zip": zip,
-            "pictures_caption": pictures_caption,
-            "charts": [],
-            "corners": [],
-            "texts": [],
-            "texts_title": "Samples",
-            "sizes": [],
-            **specific(run),
-        }
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            {
+                "run": run,
+                "title": title(run),
+                "state": _state(run),
+                "again": f"maskwright {run.job} run.toml" if run.settings and run.job != "run" else "",
+                "settings": list(_flat(run.settings)),
+                "results": list(_flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
+                "version": __version__,
+                "numbers": [],
+                "rows": {},
+                "row_names": ROWS,
+                "zip": zip,
+                "pictures_caption": pictures_caption,
+                "charts": [],
+                "corners": [],
+                "texts": [],
+                "texts_title": "Samples",
+                "sizes": [],
+                **specific(run),
+            }
+        )
     )
 
 
-def _title(run: Run) -> str:
+def title(run: Run) -> str:
     """The components, in the order in which they act: `hard-patches × hpm`."""
     names = [_component(run, kind) for kind in ("strategy", "objective", "pruner", "sampler")]
     return " × ".join(name for name in names if name) or run.name
@@ -235,10 +245,10 @@ def _component(run: Run, kind: str) -> str:
 def _state(run: Run) -> str:
     if run.finished:
         return ""
-    steps = [line["step"] for line in run.metrics if _is_number(line.get("step"))]
+    steps = [line["step"] for line in run.metrics if is_number(line.get("step"))]
     total = _find(run.settings, "steps")
     reached = f" The last step on record is {max(steps):,}" if steps else " No step is on record"
-    of = f" of {total:,}" if steps and _is_number(total) else ""
+    of = f" of {total:,}" if steps and is_number(total) else ""
     return f"This run has not finished.{reached}{of}."
 
 
@@ -277,7 +287,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
             ),
         ],
         "rows": image_rows(run.tensors),
-        "texts": _texts(run),
+        "texts": texts(run),
         "texts_title": "What it writes on held-out text",
         "charts": _loss_charts(run),
     }
@@ -286,12 +296,12 @@ def _pretrain(run: Run) -> dict[str, Any]:
 def _before(run: Run, probe: str) -> str:
     """What a probe is to be held against."""
     before = run.summary.get(f"{probe}_before")
-    return f"held out; {share(before)} before" if _is_number(before) else "accuracy, held out"
+    return f"held out; {share(before)} before" if is_number(before) else "accuracy, held out"
 
 
 def _teachers_part(run: Run) -> str:
     apart = run.summary.get("flops_without_gradient")
-    return f"a step; {flops(apart)} without gradient" if _is_number(apart) and apart else "a step"
+    return f"a step; {flops(apart)} without gradient" if is_number(apart) and apart else "a step"
 
 
 ROWS = {
@@ -304,10 +314,12 @@ ROWS = {
 """The rows of pictures, by the tensor that each shows, in the page's order."""
 
 
-def image_rows(tensors: Mapping[str, Tensor]) -> dict[str, list[Figure]]:
+def image_rows(
+    tensors: Mapping[str, Tensor], *, most: int = IMAGES_SHOWN, maps: bool = False
+) -> dict[str, list[Figure]]:
     """For each row's name in `ROWS`, a picture of each image: original, what the model saw, and what it made of it.
 
-    That is the reconstruction; where nothing is reconstructed, two maps of the encoder's features.
+    That is the reconstruction; where nothing is reconstructed, or with `maps`, two maps of the encoder's features.
     """
     originals, masks = tensors.get("originals"), tensors.get("masks")
     if originals is None or originals.ndim != 4:
@@ -317,9 +329,9 @@ def image_rows(tensors: Mapping[str, Tensor]) -> dict[str, list[Figure]]:
     names = [name for name in ROWS if _belongs(tensors, name)]
     if names == ["originals"]:
         return {}
-    if "reconstructions" in names:
+    if "reconstructions" in names and not maps:
         names = [name for name in names if name not in ("similarity", "components")]
-    count = min(IMAGES_SHOWN, len(originals))
+    count = min(most, len(originals))
     return {name: [cell(tensors, name, index) for index in range(count)] for name in names}
 
 
@@ -437,7 +449,7 @@ def _chart(
     small = pictures.curve(series, percent=percent, size=(4.15, 2.5))
     image = pictures.curve(series, percent=percent) if wide else small
     words = f"{title} by step: {'; '.join(said)}."
-    drawn = _png_figure(image, words, title=title, wide=wide)
+    drawn = png_figure(image, words, title=title, wide=wide)
     return attrs.evolve(drawn, narrow=_data_uri(small)) if wide else drawn
 
 
@@ -455,7 +467,7 @@ def _prune(run: Run) -> dict[str, Any]:
         ("perplexity before", ("perplexity_before",), say, "dense"),
         ("perplexity after", ("perplexity_after",), say, "pruned"),
     )
-    if _is_number(removed):
+    if is_number(removed):
         numbers.append(Number("weights removed", share(removed, 2), f"asked: {asked}" if asked else ""))
     numbers += _time(run)
     sizes = _sizes(run.summary.get("sizes"))
@@ -463,7 +475,7 @@ def _prune(run: Run) -> dict[str, Any]:
     return {
         "numbers": numbers,
         "charts": [chart for chart in charts if chart],
-        "corners": _corners(run.masks),
+        "corners": corners(run.masks),
         "sizes": sizes,
     }
 
@@ -481,7 +493,7 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
     counted = [
         (str(layer.get("name", "")), int(layer["kept"]), int(layer["total"]))
         for layer in layers
-        if _is_number(layer.get("kept")) and layer.get("total")
+        if is_number(layer.get("kept")) and layer.get("total")
     ]
     title = "Removed share by layer"
     if len(counted) > LAYERS_SHOWN:
@@ -499,7 +511,7 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
     removed = [1 - kept / total for _, kept, total in counted]
     budget = run.summary.get("budget")
     asked = budget.get("sparsity") if isinstance(budget, Mapping) else None
-    line = asked if _is_number(asked) else None
+    line = asked if is_number(asked) else None
     image, small = (pictures.bars(names, removed, reference=line, width=width) for width in (8.5, 4.15))
     low, high = (
         min(range(len(removed)), key=removed.__getitem__),
@@ -508,8 +520,8 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
     alt = (
         f"{title}: least {share(removed[low])} in {names[low]}, most {share(removed[high])} in {names[high]}."
     )
-    caption = f"Dashed: the {share(asked)} that was asked." if _is_number(asked) else ""
-    drawn = _png_figure(image, alt, title=title, caption=caption)
+    caption = f"Dashed: the {share(asked)} that was asked." if is_number(asked) else ""
+    drawn = png_figure(image, alt, title=title, caption=caption)
     return attrs.evolve(drawn, narrow=_data_uri(small))
 
 
@@ -521,7 +533,7 @@ def _training_charts(run: Run) -> list[Figure]:
     return [chart for chart in charts if chart is not None]
 
 
-def _corners(masks: Mapping[str, Mask]) -> list[Figure]:
+def corners(masks: Mapping[str, Mask]) -> list[Figure]:
     """The first rows and columns of the first, the middle and the last masks of matrices."""
     matrices = [(name, mask.keep) for name, mask in masks.items() if mask.keep.ndim >= 2]
     chosen = sorted({0, len(matrices) // 3, 2 * len(matrices) // 3, len(matrices) - 1}) if matrices else []
@@ -544,7 +556,7 @@ def _sizes(sizes: Any) -> list[tuple[str, str, float]]:
     """(what, how large, share of the largest)."""
     if not isinstance(sizes, Mapping):
         return []
-    known = {_words(name): value for name, value in sizes.items() if _is_number(value) and value > 0}
+    known = {_words(name): value for name, value in sizes.items() if is_number(value) and value > 0}
     most = max(known.values(), default=1)
     return [(name, size(value), value / most) for name, value in known.items()]
 
@@ -561,10 +573,10 @@ def _sample(run: Run) -> dict[str, Any]:
         ("length", ("length",), say, "tokens"),
     )
     numbers += _time(run)
-    return {"numbers": numbers, "texts": _texts(run), "charts": _loss_charts(run)}
+    return {"numbers": numbers, "texts": texts(run), "charts": _loss_charts(run)}
 
 
-def _texts(run: Run) -> list[str]:
+def texts(run: Run) -> list[str]:
     """The samples, their tokens on the colour of when they were written where that is known."""
     from markupsafe import Markup
 
@@ -589,7 +601,7 @@ def _headline(run: Run, *wanted: tuple[str, tuple[str, ...], Callable[[Any], str
     """The numbers that the summary has, in the order asked."""
     numbers = []
     for label, keys, speak, note in wanted:
-        value = next((run.summary[key] for key in keys if _is_number(run.summary.get(key))), None)
+        value = next((run.summary[key] for key in keys if is_number(run.summary.get(key))), None)
         if value is not None:
             numbers.append(Number(label, speak(value), note))
     return numbers
@@ -598,8 +610,8 @@ def _headline(run: Run, *wanted: tuple[str, tuple[str, ...], Callable[[Any], str
 def _time(run: Run) -> list[Number]:
     """How long it took, and for how many steps."""
     seconds, steps = run.summary.get("seconds"), run.summary.get("steps")
-    note = f"{say(steps)} steps" if _is_number(steps) else ""
-    if _is_number(seconds):
+    note = f"{say(steps)} steps" if is_number(steps) else ""
+    if is_number(seconds):
         return [Number("time", duration(seconds), note)]
     return [Number("steps", say(steps))] if note else []
 
@@ -666,10 +678,11 @@ def _words(name: str) -> str:
 
 def figure(image: Image.Image, alt: str, *, caption: str = "", title: str = "") -> Figure:
     """A picture as a data URI."""
-    return _png_figure(pictures.png(image), alt, caption=caption, title=title)
+    return png_figure(pictures.png(image), alt, caption=caption, title=title)
 
 
-def _png_figure(data: bytes, alt: str, *, caption: str = "", title: str = "", wide: bool = True) -> Figure:
+def png_figure(data: bytes, alt: str, *, caption: str = "", title: str = "", wide: bool = True) -> Figure:
+    """A PNG as a data URI."""
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     return Figure(_data_uri(data), alt, width, height, caption, title, wide)
 
