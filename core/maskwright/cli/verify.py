@@ -111,7 +111,12 @@ def verify(
             raise UsageError("--resume goes on as it was begun: leave what decides about the runs out.")
         root = Path(resume) if resume else _latest()
         family, terms = comparison.recall(root)
-    wanted = {"data": data, "steps": steps, "seeds": seeds and tuple(range(seeds)), "everything": everything}
+    wanted: dict[str, Any] = {
+        "data": data,
+        "steps": steps,
+        "seeds": seeds and tuple(range(seeds)),
+        "everything": everything,
+    }
     terms = attrs.evolve(terms, **{name: value for name, value in wanted.items() if value})
     family = None if family is None else claims.family_of(registry, family)
     compares = family in comparison.FAMILIES and not plugins and only != "claims"

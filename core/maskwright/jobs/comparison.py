@@ -570,7 +570,8 @@ def recall(root: Path) -> tuple[str, Terms]:
     try:
         table = json.loads((root / "verify.json").read_text("utf-8"))
         family = table.pop("family")
-        return family, Terms(**{name: tuple(v) if isinstance(v, list) else v for name, v in table.items()})
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in table.items()}
+        return family, Terms(**given)
     except FileNotFoundError:
         raise BadRunFile(f"There is no verification to resume in {root}: it has no verify.json.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
