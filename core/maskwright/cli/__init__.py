@@ -25,6 +25,7 @@ COMMANDS = {
     ),
     "apply": ("maskwright.cli.apply:apply", "Set the weights outside saved masks to zero in a model."),
     "sample": ("maskwright.cli.jobs:sample", "Sample text from a masked denoiser."),
+    "compare": ("maskwright.cli.compare:compare", "Put runs side by side on one page."),
     "install": ("maskwright.cli.install:install", "Install plugins, and say what they bring."),
     "uninstall": ("maskwright.cli.install:uninstall", "Remove plugins, and say what goes."),
     "new": ("maskwright.cli.new:new", "Write a new plugin: a whole distribution that works."),

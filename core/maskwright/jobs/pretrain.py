@@ -11,10 +11,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from maskwright.backbones import ConvBackbone, PatchBackbone, TokenBackbone
+from maskwright.backbones import TokenBackbone, adapt
 from maskwright.errors import BackboneMismatch, UsageError
-from maskwright.jobs import models
+from maskwright.jobs import features, models
 from maskwright.jobs.batches import Batches, Source
+from maskwright.jobs.costs import Costs
 from maskwright.jobs.probes import knn_accuracy, linear_accuracy
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings, resolve
@@ -44,11 +45,12 @@ EMBEDDED_STEPS = 800
 
 @attrs.frozen(eq=False)
 class Trained:
-    """What the loop leaves: the module that was trained, the model inside (as transformers saves it), and the data."""
+    """What the loop leaves: the module that was trained, the model inside (as transformers saves it), the data, the costs."""
 
     module: MaskedTraining
     network: nn.Module
     source: ImageSource | TextSource
+    costs: Costs
     waiting: float | None = None
     """The share of the loop's time in which a batch was waited for; None where no step was made."""
 
@@ -123,13 +125,15 @@ def train(run: Run) -> Trained:
             _set_up_distribution(run, module, batches)
         wrapped, optimizer = run.accelerator.prepare(module, optimizer)
         module.mask_drawn = run.mask_drawn
-        for step in run.steps(total, {"model": module, "optimizer": optimizer}):
+        costs = Costs(run.device, run.processes)
+        for step in run.steps(total, {"model": module, "optimizer": optimizer, "costs": costs}):
             rate = learning_rate(step, settings.run.lr or 1e-3, settings.run.warmup or 0.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = batches[step.index]
-            skipped.note(unreadable(source))
-            numbers = _step(run, step, wrapped, optimizer, batch)
+            with costs.step():
+                batch = batches[step.index]
+                skipped.note(unreadable(source))
+                numbers = _step(run, step, wrapped, optimizer, batch, costs)
             run.log(step, **numbers, learning_rate=rate)
             waiting = batches.waiting
         module.mask_drawn = None
@@ -137,14 +141,15 @@ def train(run: Run) -> Trained:
     module.eval()
     if waiting is not None:
         waiting = run.mean({"waiting": torch.tensor(waiting)})["waiting"]
-    return Trained(module, network, source, waiting)
+    return Trained(module, network, source, costs, waiting)
 
 
 def _step(
-    run: Run, step: Step, module: nn.Module, optimizer: Any, batch: Mapping[str, Tensor]
+    run: Run, step: Step, module: nn.Module, optimizer: Any, batch: Mapping[str, Tensor], costs: Costs
 ) -> dict[str, float]:
     """One step of the optimiser; its numbers, averaged over the processes."""
-    out = module(**{name: column.to(run.device, non_blocking=True) for name, column in batch.items()})
+    with costs.forward():
+        out = module(**{name: column.to(run.device, non_blocking=True) for name, column in batch.items()})
     loss, parts = out["loss"], out["parts"]
     numbers = {"loss": loss}
     if len(parts) > 1:
@@ -153,7 +158,8 @@ def _step(
         numbers["masked"] = out["mask"].removed_ratio.mean()
     means = run.mean(numbers)
     run.check_finite(means["loss"], "loss", step)
-    run.accelerator.backward(loss)
+    with costs.backward():
+        run.accelerator.backward(loss)
     if run.settings.run.clip:
         norm = float(run.accelerator.clip_grad_norm_(module.parameters(), run.settings.run.clip))
         run.check_finite(norm, "gradient norm", step)
@@ -252,6 +258,7 @@ def conclude(run: Run, trained: Trained) -> Result:
         **held_out(trained, run),
         "parameters": sum(one.numel() for one in trained.network.parameters()),
         "processes": run.processes,
+        **trained.costs.summary(),
     }
     if trained.waiting is not None:
         summary["waiting_for_data"] = round(trained.waiting, 4)
@@ -306,43 +313,51 @@ def next_token_loss(backbone: TokenBackbone, tokens: Tensor) -> Tensor:
 
 
 def probes(trained: Trained, run: Run) -> dict[str, float | str]:
-    """Accuracy on held-out images of a linear and a kNN classifier on frozen features, and what labels are; or nothing."""
+    """Accuracy on held-out images of a linear and a kNN classifier on frozen features, and what labels are; or nothing.
+
+    Beside it stands what is to be had for nothing: the `chance` of always saying the commonest label, and the same probes of
+    the encoder before this training (untrained, or as the model folder has it).
+    """
     source = trained.source
     if not isinstance(source, ImageSource) or not source.labelled:
         return {}
-    sets = []
-    for split in ("train", "held_out"):
-        features, labels = [], []
-        for batch in _batches(source.evaluation(split), PROBED, run):
-            with torch.no_grad():
-                features.append(pooled(trained.module.backbone, batch["pixels"]).cpu())
-            labels.append(batch["labels"].cpu())
-        sets += [torch.cat(features), torch.cat(labels)]
-    train_x, train_y, test_x, test_y = sets
+    after, labels = _probed(trained.module.backbone, source, run)
+    objective = trained.module.objective
+    untrained = adapt(model(run.settings, objective, source).to(run.device).eval(), objective.backbone)
+    before, _ = _probed(untrained, source, run)
     return {
-        "linear_probe": linear_accuracy(train_x, train_y, test_x, test_y),
-        "knn_probe": knn_accuracy(train_x, train_y, test_x, test_y),
-        "chance": float(test_y.bincount().max() / len(test_y)),
+        **after,
+        **{f"{name}_before": value for name, value in before.items()},
+        "chance": float(labels.bincount().max() / len(labels)),
         "labels": source.label,
     }
 
 
+@torch.no_grad()
+def _probed(backbone: Any, source: ImageSource, run: Run) -> tuple[dict[str, float], Tensor]:
+    """Both probes of an encoder, and the held-out labels."""
+    sets = []
+    for split in ("train", "held_out"):
+        seen = [
+            (pooled(backbone, batch["pixels"]).cpu(), batch["labels"].cpu())
+            for batch in _batches(source.evaluation(split), PROBED, run)
+        ]
+        sets += [torch.cat(column) for column in zip(*seen)]
+    train_x, train_y, test_x, test_y = sets
+    return {
+        "linear_probe": linear_accuracy(train_x, train_y, test_x, test_y),
+        "knn_probe": knn_accuracy(train_x, train_y, test_x, test_y),
+    }, test_y
+
+
 def pooled(backbone: Any, pixels: Tensor) -> Tensor:
     """[B, C, H, W] → [B, D]: the mean of the encoder's last features over all places, nothing hidden."""
-    if isinstance(backbone, PatchBackbone):
-        prefix = backbone.prefix(len(pixels))
-        tokens = torch.cat([prefix, backbone.patches(pixels) + backbone.positions], 1)
-        features: Tensor = backbone.encode(tokens)
-        return features[:, prefix.shape[1] :].mean(1)
-    assert isinstance(backbone, ConvBackbone)
-    x = backbone.stem(pixels)
-    for stage in backbone.stages:
-        x = stage(x)
-    return x.mean((2, 3))
+    return features.places(backbone, pixels).mean((1, 2))
 
 
 def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
-    """`originals` in [0, 1], `masks` and, where the objective makes them, `reconstructions` of some held-out images."""
+    """Of some held-out images `originals` in [0, 1], `masks`, `reconstructions` where the objective makes them, and the maps of
+    the encoder's features (see `features.maps`)."""
     source = trained.source
     assert isinstance(source, ImageSource)
     seen = spread_over(source.evaluation("held_out"), CANDIDATES)
@@ -357,7 +372,7 @@ def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
     reconstruction = out["outputs"].get("reconstruction")
     if reconstruction is not None and reconstruction.shape == batch["pixels"].shape:
         tensors["reconstructions"] = source.denormalize(reconstruction)
-    return tensors
+    return tensors | features.maps(trained.module.backbone, batch["pixels"])
 
 
 def most_detailed(pixels: Tensor, labels: Tensor, count: int) -> Tensor:

@@ -253,7 +253,7 @@ class Run:
         for name, value in values.items():
             self.check_finite(value, name, step)
         if self.is_main:
-            line = {"step": number, **values}
+            line = {"step": number, "seconds": round(self.seconds, 3), **values}
             self._append(line)
             if self._shown is not None:
                 self._shown.numbers = values
