@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from maskwright.errors import BadData
-from maskwright.sources import images
+from maskwright.sources import images, pictures
 from maskwright.sources.images import IMAGENET_MEAN, IMAGENET_STD, load_images, uniforms
 
 
@@ -419,37 +419,39 @@ def test_a_file_that_disappears_is_a_skipped_file(folder):
     assert source.skipped == ("1.png",)
 
 
-def test_a_folder_of_nothing_but_broken_images_says_so_when_they_are_read(folder):
+def test_a_folder_of_nothing_but_broken_images_says_so_before_anything_is_trained(folder):
     for path in folder.iterdir():
         cut_short(path)
-    source = load_images(folder, size=16)
-    with pytest.raises(BadData, match="None of the 8 images"):
-        everything(source)
+    with pytest.raises(
+        BadData, match=r"None of the 10 images in .*0\.png \(image file is truncated.*and 7 more"
+    ):
+        load_images(folder, size=16)
 
 
 def test_decoded_pictures_are_kept_within_a_limit(folder, monkeypatch):
     opened = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda *given: opened.append(given[0]) or decode(*given))
+    decode = pictures.decode
+    monkeypatch.setattr(pictures, "decode", lambda *given: opened.append(given[0]) or decode(*given))
     source = load_images(folder, size=16)
+    assert len(opened) == 2  # one of each part, to see whether there is anything
     everything(source)
     everything(source, 1)
-    assert len(opened) == 8
+    assert len(opened) == 2 + 7
     opened.clear()
-    monkeypatch.setattr(images, "_CACHE_BYTES", 3 * 24 * 24 * 3)
+    monkeypatch.setattr(pictures, "_CACHE_BYTES", 3 * 24 * 24 * 3)
     source = load_images(folder, size=16)
     everything(source)
     everything(source, 1)
-    assert len(opened) == 8 + 5
+    assert len(opened) == 2 + 7 + 5
 
 
 def test_folders_are_refused_with_what_is_wrong(tmp_path):
-    with pytest.raises(BadData, match=r"does not exist.*'digits' or 'photographs'"):
+    with pytest.raises(BadData, match=r"does not exist.*'photographs', 'rotated-photographs' or 'digits'"):
         load_images(tmp_path / "nowhere", size=8)
     with pytest.raises(BadData, match="Did you mean 'photographs'"):
         load_images("photograph", size=8)
     file = save(flat_image("red"), tmp_path / "full" / "a.png")
-    with pytest.raises(BadData, match="is no folder"):
+    with pytest.raises(BadData, match="is no folder but one image"):
         load_images(file, size=8)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadData, match=r"has no images \(jpg, "):

@@ -367,11 +367,7 @@ def _prune(run: Run) -> dict[str, Any]:
     total = sum(layer.get("total", 0) for layer in layers)
     removed = run.summary.get("sparsity", 1 - kept / total if total else None)
     asked = _asked(run)
-    numbers = _headline(
-        run,
-        ("perplexity before", ("perplexity_before",), say, "dense"),
-        ("perplexity after", ("perplexity_after",), say, "pruned"),
-    )
+    numbers = _quality(run)
     if _is_number(removed):
         numbers.append(Number("weights removed", share(removed, 2), f"asked: {asked}" if asked else ""))
     numbers += _time(run)
@@ -383,6 +379,20 @@ def _prune(run: Run) -> dict[str, Any]:
         "corners": _corners(run.masks),
         "sizes": sizes,
     }
+
+
+def _quality(run: Run) -> list[Number]:
+    """How good the model was and is, in the measure of its kind."""
+    told = run.summary.get("quality")
+    if not isinstance(told, Mapping):
+        return []
+    name, speak = str(told.get("measure", "quality")), share if told.get("measure") == "accuracy" else say
+    pairs = [("before", "dense"), ("after", "pruned")]
+    return [
+        Number(f"{name} {when}", speak(value), what)
+        for when, what in pairs
+        if _is_number(value := told.get(when))
+    ]
 
 
 def _asked(run: Run) -> str:
