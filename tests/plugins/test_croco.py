@@ -63,9 +63,7 @@ def default_strategy():
 def default_masks(rows, positions, seed=0):
     """Hidden, bool [B, N]."""
     layout = Layout(rows, (positions,))
-    return (
-        default_strategy().draw(layout, signals={}, progress=0.0, generator=generator(seed)).as_removed()
-    )
+    return default_strategy().draw(layout, signals={}, progress=0.0, generator=generator(seed)).as_removed()
 
 
 def official_mask(noise, count):
@@ -179,7 +177,9 @@ def test_what_is_hidden_in_the_first_view_cannot_be_seen_and_the_second_view_can
     # One pixel of the second view reaches every patch of its own image, and no other image.
     touched = batch["pixels_other_view"].clone()
     touched[1, 0, 3, 5] += 1
-    moved = module({**batch, "pixels_other_view": touched}, mask).outputs["prediction"] != before["prediction"]
+    moved = (
+        module({**batch, "pixels_other_view": touched}, mask).outputs["prediction"] != before["prediction"]
+    )
     assert moved.any(-1)[1].all()
     assert not moved[[0, 2]].any()
 
