@@ -268,18 +268,28 @@ def _pretrain(run: Run) -> dict[str, Any]:
             *_time(run),
         ],
         "rows": _image_rows(run.tensors),
+        "row_labels": [label for name, label in ROW_LABELS.items() if name in run.tensors],
         "texts": _texts(run),
         "texts_title": "What it writes on held-out text",
         "charts": _loss_charts(run),
     }
 
 
+ROW_LABELS = {
+    "originals": "original",
+    "masks": "what the model saw",
+    "other_views": "second view",
+    "reconstructions": "reconstruction",
+}
+"""What the pictures of an image are, by the tensor that each shows, in the page's order."""
+
+
 def _image_rows(tensors: Mapping[str, Tensor]) -> list[tuple[Figure, ...]]:
-    """For each image: original, what the model saw, reconstruction (where there is one)."""
+    """For each image: original, what the model saw of it, its second view and the reconstruction (where there are such)."""
     originals, masks = tensors.get("originals"), tensors.get("masks")
     if originals is None or masks is None or originals.ndim != 4 or masks.ndim != 3:
         return []
-    predicted = tensors.get("reconstructions")
+    others, predicted = tensors.get("other_views"), tensors.get("reconstructions")
     rows = []
     for index, (pixels, keep) in enumerate(zip(originals[:IMAGES_SHOWN], masks.bool())):
         hidden = share(1 - keep.float().mean().item())
@@ -288,6 +298,8 @@ def _image_rows(tensors: Mapping[str, Tensor]) -> list[tuple[Figure, ...]]:
             figure(pictures.picture(pixels), f"Held-out image {index + 1}, original"),
             figure(seen, f"Held-out image {index + 1} as the model saw it: {hidden} hidden"),
         ]
+        if others is not None:
+            row.append(figure(pictures.picture(others[index]), f"Held-out image {index + 1}, second view"))
         if predicted is not None:
             size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
             shown = Mask(keep[None]).upsample(size).keep[0]
