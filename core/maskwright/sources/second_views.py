@@ -109,13 +109,12 @@ def jittered(pixels: Tensor, u: Tensor, strength: float = STRENGTH) -> Tensor:
     torchvision's ColorJitter.
     """
     factors = (1 + strength * (2 * u[:, :3] - 1)).to(pixels)
-    weights = torch.tensor(GREY if pixels.shape[1] == 3 else (1.0,), dtype=pixels.dtype).view(1, -1, 1, 1)
+    weights = pixels.new_tensor(GREY if pixels.shape[1] == 3 else (1.0,))
     for step in u[:, 3:].argsort(1).unbind(1):
-        grey = (pixels * weights).sum(1, keepdim=True)
-        which = step[:, None, None, None]
-        reference = torch.where(
-            which == 0, 0.0, torch.where(which == 1, grey.mean((2, 3), keepdim=True), grey)
-        )
-        factor = factors.gather(1, step[:, None])[:, :, None, None]
-        pixels = (reference + factor * (pixels - reference)).clamp(0, 1)
+        factor = factors.gather(1, step[:, None])[:, :, None]
+        grey = torch.einsum("bchw,c->bhw", pixels, weights)
+        which = step[:, None, None]
+        reference = torch.where(which == 1, grey.mean((1, 2), keepdim=True), grey).masked_fill_(which == 0, 0)
+        # reference + factor · (pixels - reference), with one pass over the colours.
+        pixels = torch.addcmul((reference * (1 - factor))[:, None], pixels, factor[..., None]).clamp_(0, 1)
     return pixels
