@@ -284,6 +284,18 @@ def test_a_list_that_does_not_fit_is_refused_with_the_line(text, said, scenes):
         load_images(scenes, size=8, second_view="auto")
 
 
+def test_a_list_may_hold_pairs_of_a_split_that_is_left_alone(tmp_path):
+    lines = []
+    for split, level in (("train", 50), ("val", 100), ("test", 150)):
+        save(flat(level), tmp_path / split / "one.png")
+        save(flat(level + 5), tmp_path / split / "two.png")
+        lines.append(f"{split}/one.png {split}/two.png")
+    tmp_path.joinpath("pairs.txt").write_text("\n".join(lines))
+    source = load_images(tmp_path, size=8, second_view="auto")
+    assert levels(source, "pixels") == [50, 100]
+    assert levels(source, "pixels_other_view") == [55, 105]
+
+
 def test_images_without_a_partner(scenes):
     save(flat(255), scenes / "holiday.png")
     for kind in ("auto", "pairs"):

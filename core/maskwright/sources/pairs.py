@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from maskwright.errors import BadData
+from maskwright.sources.decoding import SUFFIXES
 from maskwright.sources.folders import ImageFiles
 from maskwright.sources.found import Found
 
@@ -109,7 +110,9 @@ def _listed(listing: Path, names: Sequence[str], found: Found) -> list[tuple[str
             )
         first, second = (str(Path(part)) for part in parts)
         for name in (first, second):
-            if name not in known:
+            # An image of a split that is left alone is there, and no use.
+            elsewhere = (listing.parent / name).is_file() and Path(name).suffix.lower() in SUFFIXES
+            if name not in known and not elsewhere:
                 raise BadData(f"{listing}, line {number}: there is no image {name!r} in {found.path}.")
         pairs.append((first, second))
     if not pairs:
