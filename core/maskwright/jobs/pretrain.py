@@ -18,6 +18,7 @@ from maskwright.jobs.batches import Batches, Source
 from maskwright.jobs.probes import knn_accuracy, linear_accuracy
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings, resolve
+from maskwright.jobs.skipped import Skipped
 from maskwright.jobs.training import MaskedTraining
 from maskwright.mask import AttentionMask
 from maskwright.protocols import MaskStrategy, Objective, Step
@@ -48,6 +49,8 @@ class Trained:
     module: MaskedTraining
     network: nn.Module
     source: ImageSource | TextSource
+    waiting: float | None = None
+    """The share of the loop's time in which a batch was waited for; None where no step was made."""
 
 
 def pretrain(run: Run) -> Result:
@@ -93,6 +96,7 @@ def train(run: Run) -> Trained:
     objective: Objective = settings.require("objective").create(run.registry)
     source = data(settings, objective)
     check_fit(strategy, objective, source.columns, catalogue=run.registry)
+    run.say(f"Data: {source.summary}")
     total, size = settings.run.steps or 1, settings.run.batch_size or 1
     betas = settings.run.betas or (0.9, 0.999)
     if size % run.processes:
@@ -113,6 +117,7 @@ def train(run: Run) -> Trained:
     )
     module.to(run.device)
     module.train()
+    skipped, waiting = Skipped(run.folder), None
     with Batches(source, size, process=run.accelerator.process_index, processes=run.processes) as batches:
         if torch.distributed.is_initialized():
             _set_up_distribution(run, module, batches)
@@ -122,12 +127,17 @@ def train(run: Run) -> Trained:
             rate = learning_rate(step, settings.run.lr or 1e-3, settings.run.warmup or 0.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            numbers = _step(run, step, wrapped, optimizer, batches[step.index])
+            batch = batches[step.index]
+            skipped.note(unreadable(source))
+            numbers = _step(run, step, wrapped, optimizer, batch)
             run.log(step, **numbers, learning_rate=rate)
+            waiting = batches.waiting
         module.mask_drawn = None
     run.accelerator.free_memory()
     module.eval()
-    return Trained(module, network, source)
+    if waiting is not None:
+        waiting = run.mean({"waiting": torch.tensor(waiting)})["waiting"]
+    return Trained(module, network, source, waiting)
 
 
 def _step(
@@ -174,6 +184,11 @@ def data(settings: Settings, objective: Objective) -> ImageSource | TextSource:
         seed=settings.run.seed,
         second_view=(section.views or "auto") if "pixels_other_view" in objective.needs else None,
     )
+
+
+def unreadable(source: ImageSource | TextSource) -> Mapping[str, str]:
+    """What a source could not read so far and did without, with the reasons."""
+    return source.damage if isinstance(source, ImageSource) else {}
 
 
 def model(settings: Settings, objective: Objective, source: ImageSource | TextSource) -> Any:
@@ -242,12 +257,20 @@ def conclude(run: Run, trained: Trained) -> Result:
         "parameters": sum(one.numel() for one in trained.network.parameters()),
         "processes": run.processes,
     }
+    if trained.waiting is not None:
+        summary["waiting_for_data"] = round(trained.waiting, 4)
+    skipped = Skipped(run.folder)
+    skipped.note(unreadable(source))
     if not run.is_main:
         return run.finish(summary)
     files = {}
     if isinstance(source, ImageSource):
         summary |= probes(trained, run)
         files["preprocessor_config.json"] = preprocessing(source)
+        skipped.note(unreadable(source))
+        found = skipped.all()
+        summary["skipped"] = len(found)
+        summary["skipped_files"] = [{"file": name, "reason": reason} for name, reason in found.items()]
     summary["data"] = source.summary
     return run.finish(
         summary,
@@ -286,8 +309,8 @@ def next_token_loss(backbone: TokenBackbone, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def probes(trained: Trained, run: Run) -> dict[str, float]:
-    """Accuracy on held-out images of a linear and a kNN classifier on frozen features; nothing without labels."""
+def probes(trained: Trained, run: Run) -> dict[str, float | str]:
+    """Accuracy on held-out images of a linear and a kNN classifier on frozen features, and what labels are; or nothing."""
     source = trained.source
     if not isinstance(source, ImageSource) or not source.labelled:
         return {}
@@ -304,6 +327,7 @@ def probes(trained: Trained, run: Run) -> dict[str, float]:
         "linear_probe": linear_accuracy(train_x, train_y, test_x, test_y),
         "knn_probe": knn_accuracy(train_x, train_y, test_x, test_y),
         "chance": float(test_y.bincount().max() / len(test_y)),
+        "labels": source.label,
     }
 
 

@@ -14,6 +14,7 @@ import attrs
 from maskwright.errors import BadParameter, BadRunFile, did_you_mean
 from maskwright.registry import Registry, check_fit, default
 from maskwright.settings import setting
+from maskwright.sources import EMBEDDED_IMAGES, EMBEDDED_TEXT
 
 Table = dict[str, Any]
 
@@ -79,7 +80,9 @@ class ModelSection:
 class DataSection:
     """[data]: an embedded source by name, or the user's folder or file."""
 
-    source: str = setting("photographs", "photographs, digits, standard-library, or a folder or file")
+    source: str = setting(
+        "photographs", "photographs, rotated-photographs, digits, standard-library, or a folder or file"
+    )
     size: int | None = setting(
         None, "pixels a side; a model folder's own where left out", ge=1, optional=True
     )
@@ -494,6 +497,8 @@ def _build(job: str, tables: dict[str, Table]) -> Settings:
 
 def _absolute(source: str) -> str:
     """A path from the root, so that run.toml repeats the run from any folder; names of embedded things stay."""
-    is_path = os.sep in source or source.startswith((".", "~")) or Path(source).exists()
-    embedded = source in ("default", "photographs", "digits", "standard-library")
+    is_path = (
+        os.sep in source or source.startswith((".", "~")) or source.endswith(".tar") or Path(source).exists()
+    )
+    embedded = source in ("default", *EMBEDDED_IMAGES, *EMBEDDED_TEXT)
     return str(Path(source).expanduser().resolve()) if is_path and not embedded else source

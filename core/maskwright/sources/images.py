@@ -93,7 +93,8 @@ class ImageSource:
         images = "images" if self._second is None else self._second.words
         counts = f"{len(self)} {images}" + (f", {len(held_out)} held out" if held_out is not None else "")
         classes = f", {len(self.classes)} classes" if self.labelled else ", no labels"
-        skipped = f", {len(self.damage)} unreadable files skipped" if self.damage else ""
+        count = len(self.damage)
+        skipped = f", {count} unreadable file{'s' if count > 1 else ''} skipped" if count else ""
         label = f"; label: {self.label}" if self.label else ""
         return f"{self.name}: {counts}{classes}, {self.channels} × {self.size} × {self.size}{skipped}{label}"
 

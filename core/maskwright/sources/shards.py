@@ -163,23 +163,26 @@ def _samples(path: str, shard: Shard, damage: MutableMapping[str, str]) -> list[
 
 def _members(shard: Shard, damage: MutableMapping[str, str]) -> Iterator[tuple[str, Member]]:
     """A shard's files in order. That it breaks off, or is no tar file, is noted."""
-    size = shard.path.stat().st_size
+    size, end = shard.path.stat().st_size, 0
     try:
         with tarfile.open(shard.path, "r:") as tar:
             while (member := tar.next()) is not None:
-                if member.offset_data + member.size > size:
+                end = member.offset_data + member.size
+                if end > size:
                     break
                 if member.isreg() and not _META.match(member.name):
                     yield member.name, (member.offset_data, member.size)
-            end = tar.offset
+            else:
+                end = tar.offset
     except tarfile.ReadError as error:
-        damage[shard.name] = (
-            f"it is no tar file ({in_words(error)}); a compressed one is to be unpacked first"
-        )
-        return
+        if not end:
+            said = f"it is no tar file ({in_words(error)}); a compressed one is to be unpacked first"
+            damage[shard.name] = said
+            return
+        end = size
     # A whole archive ends with zeros, which the reader does not ask for.
     following = shard.bytes((end, tarfile.BLOCKSIZE))
-    if member is not None or len(following) < tarfile.BLOCKSIZE:
+    if len(following) < tarfile.BLOCKSIZE:
         damage[shard.name] = "it breaks off"
     elif any(following):
         damage[shard.name] = f"byte {end} is no header of a member"
