@@ -204,9 +204,9 @@ def render(run: Run) -> str:
                 "texts": [],
                 "texts_title": "Samples",
                 "sizes": [],
-            "labels": _labels(run),
-            "skipped": _skipped(run)[:SKIPPED_SHOWN],
-            "skipped_count": len(_skipped(run)),
+                "labels": _labels(run),
+                "skipped": _skipped(run)[:SKIPPED_SHOWN],
+                "skipped_count": len(_skipped(run)),
                 **specific(run),
             }
         )
