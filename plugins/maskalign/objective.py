@@ -82,7 +82,7 @@ class BoundMaskAlign(BoundObjective):
         super().__init__()
         self.settings = settings
         self.backbone = backbone
-        self.teacher = VisionTeacher(settings.teacher, normalization=settings.normalization)
+        self.teacher = VisionTeacher(settings.teacher, backbone, normalization=settings.normalization)
         depth = self.teacher.depth
         self.levels = range(max(0, depth - settings.levels), depth)
         # Only the rows and heads that a loss reaches exist: the others would never be trained.
@@ -93,10 +93,13 @@ class BoundMaskAlign(BoundObjective):
             nn.init.zeros_(head.bias)
 
     def signals(self, batch: Batch) -> Signals:
-        """`attention` [B, N], the teacher's, and its levels [B, P+N, Dt] as "teacher level 0", … for `forward`."""
-        seen = self.teacher(batch["pixels"], tuple(self.backbone.grid))
-        levels = {f"teacher level {a}": seen.levels[1 + a] for a in self.levels}
-        return {"attention": seen.class_attention, **levels}
+        """`attention` [B, N] of the teacher's class token, and the teacher's levels [B, P+N, Dt] for `forward`.
+
+        A teacher without a class token gives its levels only.
+        """
+        seen = self.teacher(batch["pixels"], levels=self.levels, attention=self.teacher.has_class_token)
+        told = {} if seen.class_attention is None else {"attention": seen.class_attention}
+        return told | {f"teacher level {a}": level for a, level in seen.levels.items()}
 
     def forward(
         self,
