@@ -127,3 +127,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'a' or 'b'?`, or nothing."""
     close = nearest(word, known)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def reason(error: BaseException) -> str:
+    """An error's first line, without the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = str(error).partition("\n")[0].strip().removeprefix("Error while serializing: ")
+    return said.removeprefix("I/O error: ") or type(error).__name__

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright.backbones.defaults import causal_language_model
+from maskwright.backbones.folders import read_config, read_model
 from maskwright.errors import BadModel, NumericalError, OutputError, UsageError
 from maskwright.jobs import models
 from maskwright.jobs.export import check_exportable, export
@@ -141,7 +142,7 @@ def _model(run: Run, pruner: Pruner, budget: Budget, rule: Rule) -> tuple[Any, T
         assert isinstance(trained.source, TextSource)
         return trained.network, trained.source
     folder = Path(section.source)
-    config = models.read_config(folder)
+    config = read_config(folder)
     if not models.is_causal(config):
         kind = ", ".join(config.get("architectures") or [config["model_type"]])
         raise BadModel(
@@ -153,7 +154,7 @@ def _model(run: Run, pruner: Pruner, budget: Budget, rule: Rule) -> tuple[Any, T
         raise BadModel(
             f"The model in {folder} takes {most} tokens, data.length={length}; set data.length to at most {most}."
         )
-    network = models.read_model(folder, "AutoModelForCausalLM", dtype="auto")
+    network = read_model(folder, "AutoModelForCausalLM", dtype="auto")
     tokenizer = models.tokenizer_of(section)
     source = load_text(data.source, length=length, tokenizer=tokenizer, seed=run.seed)
     return network, _readable(source, tokenizer, network)
@@ -236,7 +237,7 @@ def counted(
 
     Raises `OutputError` when the saved weights are not those that the saved masks keep.
     """
-    saved = models.read_model(folder / "model", "AutoModelForCausalLM", dtype="auto")
+    saved = read_model(folder / "model", "AutoModelForCausalLM", dtype="auto")
     kept = load_masks(folder / "masks.safetensors")
     layers: list[dict[str, Any]] = []
     for weight in weights:
