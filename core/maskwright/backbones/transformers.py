@@ -54,11 +54,16 @@ class TransformersViT(nn.Module):
         tokens = torch.cat([token for token in special if token is not None], dim=1)
         return (tokens + embeddings.position_embeddings[:, : self._prefix_length]).expand(batch_size, -1, -1)
 
-    def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any:
+    def encode(
+        self,
+        tokens: Tensor,
+        levels: Sequence[int] = (),
+        between: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Any:
         hidden = self.model.embeddings.dropout(tokens)
         wanted: dict[int, Any] = {level % self.depth: None for level in levels}
         for index, layer in enumerate(self._layers):
-            hidden = layer(hidden)
+            hidden = layer(hidden if between is None else between(index, hidden))
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index in wanted:
                 wanted[index] = hidden
