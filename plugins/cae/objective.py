@@ -10,12 +10,23 @@ from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.errors import BadParameter, UnequalMaskCounts
-from maskwright.toolkit.images import normalize_patches, patchify, sincos_positions, unpatchify
+from maskwright.toolkit.decoders import initialize_linear
+from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify, sincos_positions
 
 
 def alignment(latents: Tensor, targets: Tensor) -> Tensor:
     """mean((Z - sg[Z̄])²) over hidden patches and channels; 0 where nothing is hidden."""
     return (latents - targets.detach()).square().sum() / max(latents.numel(), 1)
+
+
+def survival(rates: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """[L] → [L, 2, rows, 1, 1]: 0 where a residual branch of an image is dropped, else 1 / (1 - rate) (stochastic depth).
+
+    A block has two branches, which are dropped apart.
+    """
+    kept = 1 - rates.to(generator.device)[:, None, None]
+    drawn = torch.rand(len(rates), 2, rows, generator=generator, device=generator.device)
+    return ((drawn < kept) / kept)[..., None, None].to(rates.device)
 
 
 class Attention(nn.Module):
@@ -52,14 +63,16 @@ class RegressorBlock(nn.Module):
         self.attention, self.mlp = Attention(width, heads), mlp(width)
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((width,), layer_scale)) for _ in range(2))
 
-    def forward(self, q: Tensor, visible: Tensor, at_hidden: Tensor, at_visible: Tensor) -> Tensor:
-        """[B, M, D] queries, [B, V, D] latents and their positions → [B, M, D]."""
+    def forward(
+        self, q: Tensor, visible: Tensor, at_hidden: Tensor, at_visible: Tensor, survives: Tensor
+    ) -> Tensor:
+        """[B, M, D] queries, [B, V, D] latents and their positions → [B, M, D]; `survives` scales the two branches."""
         context = torch.cat([visible, q], 1)
         keys = context + torch.cat([at_visible, at_hidden], 1)
         seen = self.attention(self.norm_query(q + at_hidden), self.norm_key(keys), self.norm_value(context))
         # The residual stream itself is normalised here, as in the official code.
-        h = self.norm(q + self.gamma_1 * seen)
-        return h + self.gamma_2 * self.mlp(h)
+        h = self.norm(q + survives[0] * self.gamma_1 * seen)
+        return h + survives[1] * self.gamma_2 * self.mlp(h)
 
 
 class DecoderBlock(nn.Module):
@@ -71,11 +84,11 @@ class DecoderBlock(nn.Module):
         self.attention, self.mlp = Attention(width, heads), mlp(width)
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((width,), layer_scale)) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, M, D] → [B, M, D]."""
+    def forward(self, x: Tensor, survives: Tensor) -> Tensor:
+        """[B, M, D] → [B, M, D]; `survives` scales the two branches."""
         y = self.norm_1(x)
-        x = x + self.gamma_1 * self.attention(y, y, y)
-        return x + self.gamma_2 * self.mlp(self.norm_2(x))
+        x = x + survives[0] * self.gamma_1 * self.attention(y, y, y)
+        return x + survives[1] * self.gamma_2 * self.mlp(self.norm_2(x))
 
 
 @attrs.frozen
@@ -83,7 +96,8 @@ class ContextAutoencoder:
     """Latents of hidden patches are regressed from visible ones, aligned with the encoder's own, and decoded alone.
 
     Chen et al., arXiv:2202.03026. `tokenizer` has `vocabulary` and `codes(pixels [B, C, H, W]) -> int64 [B, N]`, one code
-    for each patch, such as a frozen dVAE; without it pixels normalised within each patch are the target.
+    for each patch, such as a frozen dVAE or `maskwright.plugins.cae.codes.PatchCodes`; without it the target is pixels
+    normalised within each patch.
     """
 
     kind: ClassVar[str] = "objective"
@@ -93,7 +107,12 @@ class ContextAutoencoder:
     provides: ClassVar[frozenset[str]] = frozenset()
     backbone: ClassVar[str] = "patch"
     default_strategy: ClassVar[dict[str, Any]] = {"name": "block", "ratio": 0.5, "exact": True}
-    example_parameters: ClassVar[dict[str, Any]] = {"regressor_depth": 1, "decoder_depth": 1}
+    # Without drawn branches the kit can compare rows.
+    example_parameters: ClassVar[dict[str, Any]] = {
+        "regressor_depth": 1,
+        "decoder_depth": 1,
+        "drop_path": 0.0,
+    }
 
     tokenizer: Any = setting(
         None, "what turns images into discrete targets; None: normalised pixels", optional=True
@@ -108,6 +127,9 @@ class ContextAutoencoder:
         None, "attention heads of both; None: one for 64 channels", ge=1, optional=True
     )
     layer_scale: float = setting(0.1, "initial scale of every residual branch", gt=0)
+    drop_path: float = setting(
+        0.1, "chance that a branch of the last block is dropped in training; none of the first", ge=0, lt=1
+    )
 
     def bind(self, backbone: nn.Module) -> BoundContextAutoencoder:
         """A regressor and a decoder on a PatchBackbone (or a model that has an adapter)."""
@@ -118,7 +140,7 @@ class BoundContextAutoencoder(BoundObjective):
     """`encode`, `regress` and `decode` are the three parts; `forward` is all of them and the loss.
 
     Outputs: `features` [B, V, D], the encoder's visible latents; `latents` [B, M, D'], the regressed ones of the hidden;
-    `prediction` [B, M, K] logits, or normalised pixels; `reconstruction` [B, C, H, W] where pixels are the target.
+    `prediction` [B, M, K] logits, or normalised pixels; in evaluation mode `reconstruction` [B, C, H, W] where pixels are the target.
     """
 
     def __init__(self, settings: ContextAutoencoder, backbone: nn.Module) -> None:
@@ -130,6 +152,7 @@ class BoundContextAutoencoder(BoundObjective):
         if width % heads:
             raise BadParameter(f"cae: heads={heads} must divide the width of regressor and decoder, {width}.")
         norm = nn.LayerNorm(width, eps=1e-6)
+        # Z̄ goes through it as well: alignment lives in the mapped space.
         self.project = (
             nn.Sequential(nn.Linear(backbone.width, width), norm)
             if width != backbone.width
@@ -140,15 +163,15 @@ class BoundContextAutoencoder(BoundObjective):
             RegressorBlock(width, heads, settings.layer_scale) for _ in range(settings.regressor_depth)
         )
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder = nn.Sequential(
-            *(DecoderBlock(width, heads, settings.layer_scale) for _ in range(settings.decoder_depth)),
-            nn.LayerNorm(width, eps=1e-6),
+        self.decoder = nn.ModuleList(
+            DecoderBlock(width, heads, settings.layer_scale) for _ in range(settings.decoder_depth)
         )
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         pixels = backbone.patch_size**2 * backbone.channels
         self.head = nn.Linear(width, pixels if settings.tokenizer is None else settings.tokenizer.vocabulary)
         self.register_buffer("positions", sincos_positions(width, tuple(backbone.grid)), persistent=False)
         for module in (self.project, self.regressor, self.decoder, self.head):
-            module.apply(_initialize)
+            module.apply(initialize_linear)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     positions: Tensor
@@ -160,19 +183,29 @@ class BoundContextAutoencoder(BoundObjective):
         latents = self.backbone.encode(torch.cat([prefix, tokens], 1))[:, prefix.shape[1] :]
         return latents, self.project(latents)
 
-    def regress(self, visible: Tensor, mask: Mask) -> Tensor:
+    def regress(self, visible: Tensor, mask: Mask, generator: torch.Generator | None = None) -> Tensor:
         """[B, V, D'] → Z [B, M, D']: latents of the hidden patches, from mask queries at their positions."""
         at = self.positions.expand(len(visible), -1, -1)
         at_visible, at_hidden = mask.gather_visible(at), mask.gather_hidden(at)
         queries = self.mask_token.expand_as(at_hidden)
-        for block in self.regressor:
-            queries = block(queries, visible, at_hidden, at_visible)
+        for block, survives in zip(self.regressor, self._survival(self.regressor, at, generator)):
+            queries = block(queries, visible, at_hidden, at_visible, survives)
         return self.regressor_norm(queries)
 
-    def decode(self, latents: Tensor, mask: Mask) -> Tensor:
+    def decode(self, latents: Tensor, mask: Mask, generator: torch.Generator | None = None) -> Tensor:
         """Z [B, M, D'] → [B, M, K]: from predicted latents and their positions alone."""
-        at_hidden = mask.gather_hidden(self.positions.expand(len(latents), -1, -1))
-        return self.head(self.decoder(latents + at_hidden))
+        at = self.positions.expand(len(latents), -1, -1)
+        x = latents + mask.gather_hidden(at)
+        for block, survives in zip(self.decoder, self._survival(self.decoder, at, generator)):
+            x = block(x, survives)
+        return self.head(self.decoder_norm(x))
+
+    def _survival(self, blocks: nn.ModuleList, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What scales the branches of each block: 1 in evaluation, and without a generator to draw from."""
+        if not (self.training and self.settings.drop_path and generator is not None):
+            return like.new_ones(len(blocks), 2, 1, 1, 1)
+        rates = torch.linspace(0, self.settings.drop_path, len(blocks), device=like.device)
+        return survival(rates, len(like), generator).to(like)
 
     def forward(
         self,
@@ -192,8 +225,8 @@ class BoundContextAutoencoder(BoundObjective):
             features, visible = self.encode(pixels, flat)
         except UnequalMaskCounts as error:
             raise UnequalMaskCounts(f"cae encodes visible and hidden patches apart. {error}") from None
-        latents = self.regress(visible, flat)
-        prediction = self.decode(latents, flat)
+        latents = self.regress(visible, flat, generator)
+        prediction = self.decode(latents, flat, generator)
         with torch.no_grad():
             # The same encoder on the complementary patches: no copy, no momentum.
             target = self.encode(pixels, ~flat)[1] if self.settings.weight else latents
@@ -202,8 +235,14 @@ class BoundContextAutoencoder(BoundObjective):
             "alignment": self.settings.weight * alignment(latents, target),
         }
         outputs = {"features": features, "latents": latents, "prediction": prediction}
-        if self.settings.tokenizer is None:
-            outputs["reconstruction"] = self._picture(prediction, pixels, flat)
+        if self.settings.tokenizer is None and not self.training:
+            outputs["reconstruction"] = fill_hidden(
+                pixels,
+                (~flat).scatter_visible(prediction, 0.0),
+                (~flat).keep,
+                tuple(self.backbone.grid),
+                normalized=True,
+            )
         return Loss(parts["target"] + parts["alignment"], parts, outputs)
 
     def _target_loss(self, prediction: Tensor, pixels: Tensor, mask: Mask) -> Tensor:
@@ -214,20 +253,3 @@ class BoundContextAutoencoder(BoundObjective):
         return nn.functional.cross_entropy(prediction.flatten(0, 1), codes.flatten(), reduction="sum") / max(
             codes.numel(), 1
         )
-
-    @torch.no_grad()
-    def _picture(self, prediction: Tensor, pixels: Tensor, mask: Mask) -> Tensor:
-        """[B, C, H, W]: hidden patches replaced by what was predicted, with the true patch's own mean and deviation."""
-        patches = patchify(pixels, self.backbone.patch_size)
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        full = (~mask).scatter_visible(prediction, 0.0) * (variance + 1e-6).sqrt() + mean
-        shown = torch.where(mask.keep[..., None], patches, full)
-        return unpatchify(shown, tuple(self.backbone.grid), self.backbone.patch_size)
-
-
-def _initialize(module: nn.Module) -> None:
-    """Linear layers as in the official code: Xavier-uniform weights, zero biases."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.backbones.teachers import NORMALIZATIONS, VisionTeacher
-from maskwright.errors import BadParameter
+from maskwright.errors import BadParameter, UnequalMaskCounts
+from maskwright.toolkit.decoders import initialize_linear
 
 
 def whiten(features: Tensor) -> Tensor:
@@ -18,13 +20,21 @@ def whiten(features: Tensor) -> Tensor:
     return nn.functional.layer_norm(features, features.shape[-1:], eps=1e-5)
 
 
-def distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """2 · smooth L1 with beta 1, the mean over everything: the squared error where it is below 1."""
+def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """2 · smooth L1 with beta 1, the mean over everything: the squared error where that is below 1."""
     return 2 * nn.functional.smooth_l1_loss(prediction, target)
 
 
+DISTANCES = {
+    "smooth-l1": smooth_l1,
+    "l2": nn.functional.mse_loss,
+    "l1": nn.functional.l1_loss,
+}
+"""Losses of a level, each the mean over images, tokens and channels."""
+
+
 def initial_mixture(teacher_levels: range, teacher_depth: int, student_depth: int) -> Tensor:
-    """Rows of the Dynamic Alignment matrix W [levels, S] before training.
+    """Rows of the Dynamic Alignment matrix W [levels, S] before training, that of each aligned level of the teacher.
 
     The identity plus 0.01 for teachers as deep as the student; 1/S everywhere for others, which have no identity.
     """
@@ -50,7 +60,13 @@ class MaskAlign:
     default_strategy: ClassVar[str] = "attentive"
 
     teacher: Any = setting(None, "a vision transformer of transformers, or its folder", optional=True)
-    levels: int = setting(5, "last levels of the teacher that are aligned, at most all", ge=1)
+    levels: int = setting(
+        5, "last levels of the teacher that are aligned, with equal weights; at most all", ge=1
+    )
+    mixture: bool = setting(
+        True, "mix the student's levels by a learned matrix; otherwise level is aligned with level"
+    )
+    loss: str = setting("smooth-l1", "the loss of a level", choices=DISTANCES)
     normalization: str = setting(
         "imagenet", "what the teacher's pixels are normalised with", choices=NORMALIZATIONS
     )
@@ -75,8 +91,11 @@ class MaskAlign:
 
 
 class BoundMaskAlign(BoundObjective):
-    """Outputs: `features` [B, K, D], the student's last level at visible patches; `prediction` [B, T+K, Dt], what it says of
-    the teacher's last level there (T is 1 where both models have a class token, which is aligned as well)."""
+    """`teacher`, `weights` (W, flat) and `heads`.
+
+    Outputs: `features` [B, K, D], the student's last level at visible patches; `prediction` [B, T+K, Dt], what it says of
+    the teacher's last level there (T is 1 where both models have a class token, which is aligned as well).
+    """
 
     def __init__(self, settings: MaskAlign, backbone: nn.Module) -> None:
         super().__init__()
@@ -84,13 +103,18 @@ class BoundMaskAlign(BoundObjective):
         self.backbone = backbone
         self.teacher = VisionTeacher(settings.teacher, backbone, normalization=settings.normalization)
         depth = self.teacher.depth
-        self.levels = range(max(0, depth - settings.levels), depth)
+        if not settings.mixture and depth != backbone.depth:
+            raise BadParameter(
+                f"maskalign: without mixture, levels are aligned one by one, but the teacher has {depth} blocks and the student "
+                f"{backbone.depth}; leave mixture on."
+            )
         # Only the rows and heads that a loss reaches exist: the others would never be trained.
-        self.mixture = nn.Parameter(initial_mixture(self.levels, depth, backbone.depth))
+        self.levels = range(max(0, depth - settings.levels), depth)
+        mixture = initial_mixture(self.levels, depth, backbone.depth)
+        # A plain vector: optimisers that spare vectors from weight decay spare it, as the official one does.
+        self.weights = nn.Parameter(mixture.flatten()) if settings.mixture else None
         self.heads = nn.ModuleList(nn.Linear(backbone.width, self.teacher.width) for _ in self.levels)
-        for head in self.heads:
-            nn.init.xavier_uniform_(head.weight)
-            nn.init.zeros_(head.bias)
+        self.heads.apply(initialize_linear)
 
     def signals(self, batch: Batch) -> Signals:
         """`attention` [B, N] of the teacher's class token, and the teacher's levels [B, P+N, Dt] for `forward`.
@@ -101,6 +125,27 @@ class BoundMaskAlign(BoundObjective):
         told = {} if seen.class_attention is None else {"attention": seen.class_attention}
         return told | {f"teacher level {a}": level for a, level in seen.levels.items()}
 
+    def encode(self, pixels: Tensor, mask: Mask) -> list[Tensor]:
+        """[B, C, H, W] → S_1 … S_S, each [B, P+K, D]: the student's blocks on visible patches, before its final norm."""
+        tokens = self.backbone.patches(pixels) + self.backbone.positions
+        try:
+            visible = mask.gather_visible(tokens)
+        except UnequalMaskCounts as error:
+            raise UnequalMaskCounts(
+                f"maskalign drops hidden patches, so each image must keep the same number of them. {error}"
+            ) from None
+        prefix = self.backbone.prefix(len(pixels))
+        every: list[Tensor] = self.backbone.encode(
+            torch.cat([prefix, visible], 1), levels=range(self.backbone.depth)
+        )
+        return every
+
+    def mixed(self, every: list[Tensor]) -> Sequence[Tensor]:
+        """Z_a = Σ_b W[a, b] · S_b for each aligned level, [A, B, P+K, D]."""
+        if self.weights is None:
+            return [every[a] for a in self.levels]
+        return torch.einsum("as,s...->a...", self.weights.view(len(self.levels), -1), torch.stack(every))
+
     def forward(
         self,
         batch: Batch,
@@ -110,30 +155,18 @@ class BoundMaskAlign(BoundObjective):
         progress: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Loss:
-        """2 · smooth L1 of each aligned level, averaged over the levels. Unequal visible counts raise `UnequalMaskCounts`."""
-        pixels = batch["pixels"]
+        """The loss of each aligned level, averaged over the levels. Unequal visible counts raise `UnequalMaskCounts`."""
         told = signals if signals and f"teacher level {self.levels[0]}" in signals else self.signals(batch)
-        tokens = mask.gather_visible(self.backbone.patches(pixels) + self.backbone.positions)
-        prefix = self.backbone.prefix(len(pixels))
-        every = self.backbone.encode(torch.cat([prefix, tokens], 1), levels=range(self.backbone.depth))
-        student = torch.stack(every)  # [S, B, P+K, D]
-        patches = mask.visible_indices().shape[1]
-        mine, its = student.shape[2] - patches, self.teacher_prefix(told, mask)
-        shared = min(mine, its, 1)
-        prediction, parts = student[-1], {}
-        for row, level, head in zip(self.mixture, self.levels, self.heads):
-            prediction = head(torch.einsum("s,sbtd->btd", row, without_others(student, mine, shared)))
-            target = told[f"teacher level {level}"]
-            target = torch.cat([target[:, :shared], mask.gather_visible(target[:, its:])], 1)
-            parts[f"level_{level + 1}"] = distance(prediction, whiten(target)) / len(self.levels)
+        mask = mask.flatten()
+        every = self.encode(batch["pixels"], mask)
+        prefix = every[0].shape[1] - mask.visible_indices().shape[1]
+        shared = min(prefix, self.teacher.prefix, 1)
+        measure = DISTANCES[self.settings.loss]
+        parts = {}
+        for level, mixture, head in zip(self.levels, self.mixed(every), self.heads):
+            prediction = head(torch.cat([mixture[:, :shared], mixture[:, prefix:]], 1))
+            whole = told[f"teacher level {level}"]
+            target = [whole[:, :shared], mask.gather_visible(whole[:, self.teacher.prefix :])]
+            parts[f"level_{level + 1}"] = measure(prediction, whiten(torch.cat(target, 1))) / len(self.levels)
         total = torch.stack(list(parts.values())).sum()
-        return Loss(total, parts, {"features": student[-1][:, mine:], "prediction": prediction})
-
-    def teacher_prefix(self, told: Signals, mask: Mask) -> int:
-        """Class and register tokens that the teacher puts before its patches."""
-        return told[f"teacher level {self.levels[0]}"].shape[1] - mask.flatten().shape[1]
-
-
-def without_others(tokens: Tensor, prefix: int, shared: int) -> Tensor:
-    """[..., P+K, D] → [..., shared+K, D]: the class token where both models have one, and the patches."""
-    return torch.cat([tokens[..., :shared, :], tokens[..., prefix:, :]], -2)
+        return Loss(total, parts, {"features": every[-1][:, prefix:], "prediction": prediction})

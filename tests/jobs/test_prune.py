@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import models as tokenizer_models
 from tokenizers import pre_tokenizers, trainers
 
-from maskwright import load_masks
+from maskwright import PruneResult, SparsityReport, load_masks
 from maskwright.backbones.defaults import causal_language_model, masked_language_model
 from maskwright.errors import BadBudget, BadModel, BadRunFile, NumericalError, OutputError, UsageError
 from maskwright.jobs import execute, pretrain
@@ -26,6 +26,7 @@ from maskwright.jobs.prune import prune, rule_of
 from maskwright.jobs.settings import resolve
 from maskwright.registry import Registry
 from maskwright.sources.text import load_text
+from maskwright.toolkit.prunable import prunable_weights
 
 WORDS = [
     "mask",
@@ -459,6 +460,75 @@ def test_a_pruner_that_needs_more_than_text_is_refused(tmp_path, text, llama):
     settings = resolve("prune", None, {"pruner.name": "merging"}, registry=registry)
     with pytest.raises(UsageError, match="'merging' needs experts, which this job does not have"):
         execute(settings, folder=tmp_path / "run", registry=registry, quiet=True)
+
+
+class ShiftsSomeRows:
+    """Moves the first row of each weight and masks the change; takes no budget."""
+
+    kind = "pruner"
+    name = "shifts"
+    modalities = frozenset({"text"})
+    needs = frozenset()
+    budgets = frozenset()
+    changes_weights = True
+    prunes = "difference"
+
+    def prune(self, model, task):
+        assert task.budget is None
+        masks, moved = {}, {}
+        for weight in prunable_weights(model, task.prunable):
+            keep = torch.zeros(weight.shape, dtype=torch.bool)
+            keep[0] = True
+            masks[weight.name] = weight.mask(keep)
+            moved[weight.name] = torch.full((weight.shape[1],), 0.5)
+            weight.write(weight.matrix + 0.5 * keep)
+        artifacts = {"rows": masks, "shift": moved}
+        return PruneResult(model, masks, SparsityReport.of(masks), artifacts=artifacts, facts={"rows": 1.0})
+
+
+def test_a_pruner_of_differences_needs_no_budget_and_leaves_its_artifacts(tmp_path, text, llama):
+    registry = Registry(third_party=False)
+    registry.register(ShiftsSomeRows)
+    changes = {
+        "pruner.name": "shifts",
+        "model.source": str(llama),
+        "data.source": str(text),
+        "data.length": 32,
+    }
+    settings = resolve("prune", None, changes, registry=registry)
+    assert not settings.budget
+    result = execute(settings, folder=tmp_path / "run", registry=registry, quiet=True)
+    weights = prunable_weights(transformers.AutoModelForCausalLM.from_pretrained(llama))
+    kept = sum(weight.shape[1] for weight in weights)
+    total = sum(weight.parameter.numel() for weight in weights)
+    assert result.summary["sparsity"] == pytest.approx(1 - kept / total)
+    assert result.summary["facts"] == {"rows": 1.0}
+    rows = load_masks(tmp_path / "run" / "rows.safetensors")
+    shift = load_file(tmp_path / "run" / "shift.safetensors")
+    assert set(rows) == set(shift) == {weight.name for weight in weights}
+    assert all(bool(mask.keep[0].all()) and not mask.keep[1:].any() for mask in rows.values())
+
+    refused = resolve("prune", None, {**changes, "budget.sparsity": 0.5}, registry=registry)
+    with pytest.raises(BadBudget, match=r"shifts finds out itself .* leave the sparsity out"):
+        execute(refused, folder=tmp_path / "refused", registry=registry, quiet=True)
+
+
+def test_the_budget_that_is_not_said_is_one_that_the_pruner_meets():
+    registry = Registry(third_party=False)
+
+    @registry.register
+    class Shares:
+        kind = "pruner"
+        name = "shares"
+        modalities = frozenset({"text"})
+        needs = frozenset()
+        budgets = frozenset({"params", "sparsity"})
+        changes_weights = False
+
+        def prune(self, model, task):
+            raise AssertionError
+
+    assert resolve("prune", None, {"pruner.name": "shares"}, registry=registry).budget == {"sparsity": 0.5}
 
 
 def test_what_cannot_be_exported_is_said_before_the_work(tmp_path, text):

@@ -7,11 +7,14 @@ from torch import nn
 import maskwright
 from maskwright import Layout, Mask
 from maskwright.backbones.defaults import vision_transformer
-from maskwright.errors import BadParameter, UnequalMaskCounts
-from maskwright.plugins.cae.objective import ContextAutoencoder, RegressorBlock, alignment
+from maskwright.errors import BadData, BadParameter, UnequalMaskCounts
+from maskwright.plugins.cae.codes import PatchCodes
+from maskwright.plugins.cae.objective import ContextAutoencoder, RegressorBlock, alignment, survival
 from maskwright.testing import conformance
 
 SMALL = {"regressor_depth": 2, "decoder_depth": 1}
+ALL = torch.ones(2, 1, 1, 1)
+"""Nothing is dropped."""
 
 
 def vit(seed=1):
@@ -63,7 +66,7 @@ def test_the_decoder_sees_no_visible_latent():
     one, data, drawn = bound(), batch(), mask()
     expected = one(data, drawn).outputs
     seen = []
-    one.decoder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    one.decoder[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     assert torch.equal(one.decode(expected["latents"], drawn.flatten()), expected["prediction"])
     at = drawn.flatten().gather_hidden(one.positions.expand(3, -1, -1))
     assert torch.equal(seen[0], expected["latents"] + at)
@@ -107,7 +110,7 @@ def test_a_regressor_block_is_what_its_equations_say():
             heads.append(sum(w * value[h] for w, value in zip(weights, values)))
         rows.append(torch.cat(heads))
     h = block.norm(q[0] + 0.1 * block.attention.out(torch.stack(rows)))
-    assert torch.allclose(block(q, x, ph, pv)[0], h + 0.1 * block.mlp(h), atol=1e-5)
+    assert torch.allclose(block(q, x, ph, pv, ALL)[0], h + 0.1 * block.mlp(h), atol=1e-5)
 
 
 def test_visible_latents_stay_fixed_and_queries_see_each_other():
@@ -122,7 +125,7 @@ def test_visible_latents_stay_fixed_and_queries_see_each_other():
     other = q.clone()
     other[:, 6] = torch.randn(16)
     at = torch.zeros(1, 9, 16)
-    assert not torch.equal(block(q, visible, p, at)[:, 0], block(other, visible, p, at)[:, 0])
+    assert not torch.equal(block(q, visible, p, at, ALL)[:, 0], block(other, visible, p, at, ALL)[:, 0])
 
 
 def test_a_permutation_of_hidden_patches_permutes_latents_and_predictions():
@@ -131,10 +134,11 @@ def test_a_permutation_of_hidden_patches_permutes_latents_and_predictions():
     at_hidden, at_visible, q = torch.randn(1, 7, 16), torch.randn(1, 9, 16), one.mask_token.expand(1, 7, 16)
     straight, turned = q, q
     for block in one.regressor:
-        straight = block(straight, visible, at_hidden, at_visible)
-        turned = block(turned, visible, at_hidden[:, order], at_visible)
+        straight = block(straight, visible, at_hidden, at_visible, ALL)
+        turned = block(turned, visible, at_hidden[:, order], at_visible, ALL)
     assert torch.allclose(straight[:, order], turned, atol=1e-6)
-    assert torch.allclose(one.decoder(straight)[:, order], one.decoder(straight[:, order]), atol=1e-5)
+    (block,) = one.decoder
+    assert torch.allclose(block(straight, ALL)[:, order], block(straight[:, order], ALL), atol=1e-5)
 
 
 def test_a_regressor_of_no_depth_knows_only_its_token():
@@ -150,6 +154,36 @@ def test_an_offset_of_the_latents_costs_its_square():
     target = torch.randn(2, 5, 8)
     assert alignment(target, target) == 0
     assert torch.allclose(2 * alignment(target + 0.3, target), torch.tensor(2 * 0.09), atol=1e-6)
+
+
+def test_the_alignment_is_all_that_its_weight_adds():
+    one, data, drawn = bound(tokenizer=Codes()), batch(), mask()
+    loss, alone = one(data, drawn), bound(tokenizer=Codes(), weight=0.0)
+    alone.load_state_dict(one.state_dict())
+    target = one.encode(data["pixels"], ~drawn.flatten())[1]
+    # Z = Z̄ + c costs 2 c².
+    nn.init.zeros_(one.regressor_norm.weight)
+    one.regressor_norm.register_forward_hook(lambda module, given, output: target + 0.3)
+    moved = one(data, drawn)
+    assert torch.allclose(moved.total - moved.parts["target"], torch.tensor(2 * 0.3**2), atol=1e-5)
+    assert torch.allclose(loss.total - alone(data, drawn).total, loss.parts["alignment"], atol=1e-5)
+
+
+def test_branches_are_dropped_in_training_by_the_generator_alone():
+    rates = torch.tensor([0.0, 0.5])
+    drawn = survival(rates, 4000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (2, 2, 4000, 1, 1)
+    assert (drawn[0] == 1).all()
+    assert set(drawn[1].unique().tolist()) == {0.0, 2.0}
+    assert abs(float(drawn[1].mean()) - 1) < 0.05
+    one, data, flat = bound(drop_path=0.9).train(), batch(), mask()
+
+    def loss(seed):
+        return one(data, flat, generator=torch.Generator().manual_seed(seed)).total
+
+    assert loss(1) == loss(1)
+    assert len({loss(seed).item() for seed in range(8)}) > 1
+    assert one(data, flat).total == one.eval()(data, flat, generator=torch.Generator()).total
 
 
 def test_the_target_branch_receives_no_gradient():
@@ -204,6 +238,25 @@ def test_pixels_are_learned_where_there_is_no_tokenizer():
     loss.parts["target"].backward()
     gradient = loss.outputs["prediction"].grad[0, 0]
     assert torch.allclose(gradient.square(), 4 * errors / (3 * 7 * 48) ** 2, atol=1e-10)
+
+
+def test_codes_of_patches_are_the_nearest_centres_of_k_means():
+    data = batch(20)["pixels"]
+    made = PatchCodes.fit(data, 4, 6, torch.Generator().manual_seed(0))
+    codes = made.codes(data)
+    assert codes.shape == (20, 16)
+    assert codes.unique().tolist() == list(range(6))
+    patch = data[3, :, 4:8, 8:12].permute(1, 2, 0).flatten()
+    assert codes[3, 6] == (made.centres - patch).norm(dim=1).argmin()
+    again = PatchCodes.fit(data, 4, 6, torch.Generator().manual_seed(0))
+    assert torch.equal(made.centres, again.centres)
+    # It has settled: each centre is nearly the mean of the patches that are nearest to it.
+    patches = data.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(20, 16, -1)
+    means = torch.stack([patches[codes == code].mean(0) for code in range(6)])
+    start = PatchCodes.fit(data, 4, 6, torch.Generator().manual_seed(0), steps=0)
+    assert (means - made.centres).norm() < 0.1 * (means - start.centres).norm()
+    with pytest.raises(BadData, match="1 different patches cannot make 6 codes"):
+        PatchCodes.fit(torch.zeros(2, 3, 16, 16), 4, 6, torch.Generator())
 
 
 def test_another_width_aligns_in_the_mapped_space():

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import maskwright
 from maskwright import Layout, Mask
 from maskwright.backbones.defaults import vision_transformer
 from maskwright.errors import BackboneMismatch, BadModel, BadParameter, MissingSignal
 from maskwright.plugins.maskalign.masks import Attentive, draw_without_replacement
-from maskwright.plugins.maskalign.objective import MaskAlign, distance, initial_mixture, whiten
+from maskwright.plugins.maskalign.objective import MaskAlign, initial_mixture, smooth_l1, whiten
 from maskwright.testing import conformance
 
 TINY = {"image_size": 16, "patch_size": 4, "heads": 2}
@@ -30,6 +33,13 @@ def batch(count=3, seed=0):
 def mask(count=3, keep=5, seed=0):
     order = torch.rand(count, 16, generator=torch.Generator().manual_seed(seed)).argsort(1)
     return Mask((order < keep).view(count, 4, 4))
+
+
+def flops(run):
+    """Floating-point operations of a call, attention counted as its matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
 
 
 # -- the mask --------------------------------------------------------------------------------------------------
@@ -65,6 +75,14 @@ def test_it_draws_and_does_not_take_the_top():
     assert drawn.keep.flatten(1)[:, 8:].sum() > drawn.keep.flatten(1)[:, :8].sum()
 
 
+def test_equal_importance_is_uniform_masking():
+    u = torch.rand(60_000, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = draw_without_replacement(torch.full((60_000, 6), 0.3), 3, u)
+    sets, counts = drawn.unique(dim=0, return_counts=True)
+    assert len(sets) == 20
+    assert (counts / 60_000 - 1 / 20).abs().max() < 0.004
+
+
 def test_a_constant_factor_on_the_importance_changes_nothing():
     layout, attention = Layout(8, (4, 4)), torch.rand(8, 16)
 
@@ -91,7 +109,7 @@ def test_whitening_and_the_doubled_smooth_l1():
     expected = torch.tensor([-1.3416354, -0.4472118, 0.4472118, 1.3416354])
     assert torch.allclose(whiten(torch.tensor([1.0, 2, 3, 4])), expected, atol=1e-6)
     zero = torch.zeros(1)
-    assert [float(distance(torch.tensor([c]), zero)) for c in (0.5, 1.0, 2.0)] == [0.25, 1.0, 3.0]
+    assert [float(smooth_l1(torch.tensor([c]), zero)) for c in (0.5, 1.0, 2.0)] == [0.25, 1.0, 3.0]
 
 
 def test_the_mixture_begins_as_the_identity_and_a_hundredth():
@@ -112,26 +130,52 @@ def test_the_loss_is_what_a_naive_loop_over_levels_computes():
         for b in range(3):
             kept = drawn.keep[b].flatten().nonzero()[:, 0]
             levels = vit.encode(torch.cat([vit.prefix(1), tokens[b : b + 1, kept]], 1), levels=(0, 1, 2))
-            mixed = sum(one.mixture[row, s] * levels[s] for s in range(3))
+            mixed = sum(one.weights.view(2, 3)[row, s] * levels[s] for s in range(3))
             target = torch.nn.functional.layer_norm(seen.levels[a][b], (24,))
             target = target[torch.cat([torch.zeros(1, dtype=torch.int64), kept + 1])]
-            expected = expected + distance(one.heads[row](mixed)[0], target) / 3 / 2
+            expected = expected + smooth_l1(one.heads[row](mixed)[0], target) / 3 / 2
     assert torch.allclose(loss.total, expected, atol=1e-5)
     assert torch.allclose(torch.stack(list(loss.parts.values())).sum(), loss.total)
 
 
-def test_perfect_alignment_costs_nothing_and_an_offset_its_square():
-    target = whiten(torch.randn(2, 5, 8))
-    assert distance(target, target) == 0
-    assert torch.allclose(distance(target + 0.3, target), torch.tensor(0.09), atol=1e-6)
+@pytest.mark.parametrize(("name", "cost"), [("smooth-l1", 0.09), ("l2", 0.09), ("l1", 0.3)])
+def test_perfect_alignment_costs_nothing_and_an_offset_its_square(name, cost):
+    one, data, drawn = bound(levels=2, loss=name, mixture=False), batch(), mask()
+    seen = one.teacher(data["pixels"], levels=(1, 2))
+    for head, level, offset in zip(one.heads, (1, 2), (0.0, 0.3)):
+        nn.init.zeros_(head.weight)
+        whole = whiten(seen.levels[level])
+        target = torch.cat([whole[:, :1], drawn.flatten().gather_visible(whole[:, 1:])], 1) + offset
+        head.register_forward_hook(lambda module, given, output, target=target: target)
+    parts = one(data, drawn).parts
+    assert parts["level_2"] == 0
+    assert torch.allclose(2 * parts["level_3"], torch.tensor(cost), atol=1e-6)
+
+
+def test_the_identity_and_the_last_level_alone_is_plain_feature_alignment():
+    one, data, drawn = bound(levels=1, teacher=teacher(width=16)), batch(), mask()
+    with torch.no_grad():
+        one.weights.copy_(torch.tensor([0.0, 0.0, 1.0]))
+        one.heads[0].weight.copy_(torch.eye(16))
+    plain = bound(levels=1, teacher=teacher(width=16), mixture=False)
+    plain.load_state_dict({n: v for n, v in one.state_dict().items() if n != "weights"})
+    flat = drawn.flatten()
+    tokens = flat.gather_visible(one.backbone.patches(data["pixels"]) + one.backbone.positions)
+    (last,) = one.backbone.encode(torch.cat([one.backbone.prefix(3), tokens], 1), levels=(-1,))
+    whole = whiten(one.teacher(data["pixels"], levels=(-1,)).levels[2])
+    expected = smooth_l1(last, torch.cat([whole[:, :1], flat.gather_visible(whole[:, 1:])], 1))
+    assert torch.allclose(one(data, drawn).total, expected, atol=1e-6)
+    assert torch.allclose(plain(data, drawn).total, expected, atol=1e-6)
 
 
 def test_every_block_and_row_learns_and_the_teacher_does_not():
     one = bound(levels=2)
     one(batch(), mask()).total.backward()
-    assert (one.mixture.grad != 0).all()
-    assert all(parameter.grad is None for parameter in one.teacher.parameters())
+    assert one.weights.shape == (2 * 3,)
+    assert (one.weights.grad != 0).all()
+    assert all(parameter.grad is None for parameter in one.teacher.model.parameters())
     assert not one.train().teacher.model.training
+    assert not any(name.startswith("teacher") for name, _ in one.named_parameters())
     unreached = {n for n, p in one.named_parameters() if p.requires_grad and p.grad is None}
     assert unreached == {"backbone.model.layernorm.weight", "backbone.model.layernorm.bias"}
 
@@ -189,7 +233,7 @@ def test_a_teacher_is_read_from_a_folder(tmp_path):
     teacher().save_pretrained(tmp_path)
     data, drawn = batch(), mask()
     one, other = bound(), bound(teacher=str(tmp_path))
-    other.load_state_dict(one.state_dict(), strict=False)  # the folder's reader adds an unused pooler
+    other.load_state_dict(one.state_dict())
     assert torch.equal(one(data, drawn).total, other(data, drawn).total)
 
 
@@ -199,7 +243,45 @@ def test_teachers_that_are_none_are_refused(tmp_path):
     with pytest.raises(BadModel, match=r"no config\.json"):
         bound(teacher=str(tmp_path))
     with pytest.raises(BackboneMismatch, match="Linear cannot be a teacher"):
-        bound(teacher=torch.nn.Linear(2, 2))
+        bound(teacher=nn.Linear(2, 2))
+    with pytest.raises(BadParameter, match="3 blocks and the student 2"):
+        bound(depth=2, mixture=False)
+
+
+def test_a_teacher_without_a_class_token_aligns_patches_and_gives_no_masks():
+    from transformers import IJepaConfig, IJepaModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = IJepaModel(IJepaConfig(image_size=16, patch_size=4, **sizes)).eval()
+    loss = bound(teacher=model)(batch(), mask())
+    assert loss.outputs["prediction"].shape == (3, 5, 16)
+    student = vision_transformer(width=16, depth=3, seed=1, **TINY)
+    training = maskwright.MaskedTraining(student, Attentive(), MaskAlign(teacher=model))
+    with pytest.raises(MissingSignal, match=r"'maskalign' gives no 'attention'"):
+        training(**batch())
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------
+
+
+def test_the_students_cost_is_in_proportion_to_what_it_sees():
+    one, data = bound(depth=2, teacher=teacher(depth=2)), batch(1)
+    embedding = flops(lambda: one.backbone.patches(data["pixels"]).sum().backward())
+    for keep in (4, 8, 16):
+        drawn, t, width = mask(1, keep=keep).flatten(), keep + 1, 16
+        measured = flops(lambda drawn=drawn: one.encode(data["pixels"], drawn)[-1].sum().backward())
+        # A block: four projections and a feed-forward part four times as wide, and attention's two products; all of it again
+        # twice for the gradients.
+        assert measured - embedding == 2 * 3 * 2 * (12 * t * width**2 + 2 * t**2 * width)
+
+
+def test_nothing_but_linear_heads_comes_after_the_student():
+    one, data, drawn = bound(depth=3), batch(1), mask(1, keep=4)
+    told = one.signals(data)
+    whole = flops(lambda: one(data, drawn, signals=told))
+    encoder = flops(lambda: one.encode(data["pixels"], drawn.flatten()))
+    mixing, heads = 2 * 3 * 3 * 5 * 16, 3 * 2 * 5 * 16 * 24
+    assert whole - encoder == mixing + heads
 
 
 def test_clip_pixels_are_renormalised():

@@ -265,7 +265,7 @@ class VisionTeacher(nn.Module):
             name: value.to(pixels.device).expand(len(pixels), -1) if isinstance(value, Tensor) else value
             for name, value in self.told.items()
         }
-        return self.model(pixel_values=pixels, **told).last_hidden_state  # type: ignore[no-any-return]
+        return self.model(pixel_values=pixels, **told).last_hidden_state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTeacher:
         self.model._apply(fn)

@@ -23,7 +23,7 @@ from maskwright.jobs.settings import Settings
 from maskwright.mask import Mask, load_masks
 from maskwright.protocols import Batch, Budget, Pruner, PruneTask, Step
 from maskwright.sources.text import EOS, TextSource, load_text
-from maskwright.toolkit.patterns import check_budget
+from maskwright.toolkit.patterns import check_budget, refuse_budget
 from maskwright.toolkit.prunable import Rule, Weight, prunable_weights
 from maskwright.toolkit.sizes import dense_bytes, packed_bytes
 
@@ -67,7 +67,7 @@ class RunTask(PruneTask):
 def prune(run: Run) -> Result:
     """Prune a model, measure it on held-out text before and after, and leave it with its masks and a report."""
     settings = run.settings
-    budget = Budget(**settings.require("budget"))
+    budget = Budget(**settings.budget) if settings.budget else None
     pruner: Pruner = settings.require("pruner").create(run.registry)
     if lacking := pruner.needs - GIVEN:
         raise UsageError(
@@ -78,7 +78,7 @@ def prune(run: Run) -> Result:
     network, source = _model(run, pruner, budget, rule)
     network.to(run.device).eval()
     weights = prunable_weights(network, rule)
-    check_budget(pruner, weights, budget)
+    _check_budget(pruner, weights, budget)
     if settings.require("output").export != "none":
         check_exportable(settings.require("output").export, weights)
     run.say(_described(network, weights))
@@ -93,18 +93,22 @@ def prune(run: Run) -> Result:
         run=run,
         source=source,
     )
-    run.say(f"Pruning with {pruner.name} to a {budget}")
+    # Where masks are of the change, what was saved is compared with what was given.
+    changes = getattr(pruner, "prunes", "weights") == "difference"
+    base = {weight.name: weight.parameter.detach().clone() for weight in weights} if changes else {}
+    run.say(f"Pruning with {pruner.name}" + (f" to a {budget}" if budget else ""))
     result = pruner.prune(network, task)
     for mask in result.masks.values():
         run.mask_drawn(mask)
     summary = {
         "pruner": pruner.name,
-        "budget": {budget.kind: getattr(budget, budget.kind)},
+        "budget": {budget.kind: getattr(budget, budget.kind)} if budget else {},
         "perplexity_before": before,
         "perplexity_after": perplexity(network, source, run),
         "data": source.summary,
         "calibration_tokens": sum(batch["tokens"].numel() for batch in task.batches),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        **({"facts": dict(result.facts)} if result.facts else {}),
     }
     folder = None if settings.model.source == models.DEFAULT else Path(settings.model.source)
     return run.finish(
@@ -113,8 +117,16 @@ def prune(run: Run) -> Result:
         tokenizer=source if folder is None else None,
         files=_beside(folder) if folder is not None else None,
         masks=result.masks,
-        counted=lambda written: counted(written, network, weights, result.masks, settings),
+        artifacts=result.artifacts,
+        counted=lambda written: counted(written, network, weights, result.masks, settings, base),
     )
+
+
+def _check_budget(pruner: Pruner, weights: list[Weight], budget: Budget | None) -> None:
+    if pruner.budgets:
+        check_budget(pruner, weights, budget)
+    else:
+        refuse_budget(pruner, budget)
 
 
 # -- before ----------------------------------------------------------------------------------------------------------
@@ -126,7 +138,7 @@ def rule_of(settings: Settings) -> Rule:
     return Rule(**{name: tuple(value) for name, value in given.items()})
 
 
-def _model(run: Run, pruner: Pruner, budget: Budget, rule: Rule) -> tuple[Any, TextSource]:
+def _model(run: Run, pruner: Pruner, budget: Budget | None, rule: Rule) -> tuple[Any, TextSource]:
     """The model and the text: the user's, or the embedded ones. Budgets that cannot be met are found before any training."""
     section, data = run.settings.model, run.settings.data
     if section.source == models.DEFAULT:
@@ -137,7 +149,7 @@ def _model(run: Run, pruner: Pruner, budget: Budget, rule: Rule) -> tuple[Any, T
             depth=section.depth or 4,
             heads=section.heads or 4,
         )
-        check_budget(pruner, prunable_weights(shaped, rule), budget)
+        _check_budget(pruner, prunable_weights(shaped, rule), budget)
         trained = embedded_language_model(run)
         assert isinstance(trained.source, TextSource)
         return trained.network, trained.source
@@ -231,9 +243,14 @@ def _beside(folder: Path) -> dict[str, str]:
 
 
 def counted(
-    folder: Path, network: Any, weights: list[Weight], masks: Mapping[str, Mask], settings: Settings
+    folder: Path,
+    network: Any,
+    weights: list[Weight],
+    masks: Mapping[str, Mask],
+    settings: Settings,
+    base: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Sparsity and sizes of what lies in a run's folder, read from there.
+    """Sparsity and sizes of what lies in a run's folder, read from there; of the change against `base` where that is given.
 
     Raises `OutputError` when the saved weights are not those that the saved masks keep.
     """
@@ -242,6 +259,8 @@ def counted(
     layers: list[dict[str, Any]] = []
     for weight in weights:
         values = saved.get_parameter(weight.name).detach()
+        if weight.name in base:
+            values = values - base[weight.name].to(values)
         if bool(values[~kept[weight.name].keep].any()):
             raise OutputError(
                 f"{folder / 'model'} does not hold the pruned model: {weight.name} has weights outside its mask."

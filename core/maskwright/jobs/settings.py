@@ -182,7 +182,8 @@ def _plain(value: Any) -> Any:
 COMPONENTS = {"strategy": "mask-strategy", "objective": "objective", "pruner": "pruner", "sampler": "sampler"}
 """Sections that name a component, and its kind."""
 
-_BUDGETS = ("sparsity", "pattern", "params", "flops", "bits", "layers")
+BUDGETS: Table = {"pattern": "2:4", "sparsity": 0.5, "params": 0.7, "flops": 0.7, "bits": 4.0, "layers": 2}
+"""Kinds of budget with an amount that is asked for when nothing is said, the first that the pruner meets."""
 _CLASSES: dict[str, type] = {
     "run": RunSection,
     "model": ModelSection,
@@ -198,7 +199,7 @@ JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "prune": {
         "run": ("job", "seed", "batch_size", "calibration", "log_every", "save_every"),
         "pruner": None,
-        "budget": _BUDGETS,
+        "budget": tuple(BUDGETS),
         "prunable": None,
         "output": None,
         "model": None,
@@ -216,7 +217,6 @@ DEFAULTS: dict[str, dict[str, Table]] = {
     "prune": {
         "run": {"batch_size": 8, "calibration": 128, **_EVERY},
         "pruner": {"name": "sparsegpt"},
-        "budget": {"pattern": "2:4"},
         "data": {"source": "standard-library"},
     },
     "sample": {"sampler": {"name": "first-hitting"}, "data": {"source": "standard-library"}},
@@ -302,6 +302,11 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
                 tables = _merge(
                     tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
                 )
+    if job == "prune" and not given.get("budget"):
+        named = str({**tables["pruner"], **given.get("pruner", {})}["name"])
+        met = registry.info(named, "pruner").budgets
+        kind = next((kind for kind in BUDGETS if kind in met), None)
+        tables = _merge(tables, {"budget": {kind: BUDGETS[kind]}} if kind else {})
     if given.get("model", {}).get("source", "default") != "default":
         return tables
     if modality == "text":
@@ -329,7 +334,7 @@ def check(settings: Settings, registry: Registry | None = None) -> None:
     }
     if "strategy" in made and "objective" in made:
         check_fit(made["strategy"], made["objective"], catalogue=registry)
-    if settings.budget is not None:
+    if settings.budget:
         from maskwright.protocols import Budget
 
         Budget(**settings.budget)
@@ -417,7 +422,7 @@ def _check(job: str, tables: Mapping[str, Any], origin: str) -> None:
                 _check_type(f"{origin}, [{name}]: {key}", getattr(attrs.fields(_CLASSES[name]), key), value)
     if len(tables.get("budget", {})) > 1:
         raise BadRunFile(
-            f"{origin}, [budget]: give exactly one of {', '.join(_BUDGETS)}, not {', '.join(tables['budget'])}."
+            f"{origin}, [budget]: give exactly one of {', '.join(BUDGETS)}, not {', '.join(tables['budget'])}."
         )
 
 

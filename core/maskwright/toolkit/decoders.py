@@ -52,4 +52,5 @@ def initialize_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.in_proj_bias)
     elif isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
