@@ -154,6 +154,7 @@ class BoundHybridDistill(BoundObjective):
         self.backbone = backbone
         self.mim_teacher = self.feature_teacher = self.adapter = None
         self.layers: tuple[tuple[int, int], ...] = ()
+        self.projections = sorted({name for kind in settings.relations for name in RELATIONS[kind]})
         if settings.alpha > 0:
             _make_watchable(backbone)
             self.mim_teacher = VisionTeacher(
@@ -188,7 +189,7 @@ class BoundHybridDistill(BoundObjective):
             )
             for _, its in self.layers:
                 told |= {
-                    f"MIM {its} {name}": value for name, value in _tensors(seen.projections[its]).items()
+                    f"MIM {its} {name}": getattr(seen.projections[its], name) for name in self.projections
                 }
         if self.feature_teacher is not None:
             seen = self.feature_teacher(pixels, levels=ends)
@@ -209,7 +210,9 @@ class BoundHybridDistill(BoundObjective):
 
         Class tokens are never dropped, and compared where both models have one. Unequal visible counts raise `UnequalMaskCounts`.
         """
-        told: Signals = signals if signals and "teacher_features" in signals else self.signals(batch)
+        own = {f"MIM {its} {name}" for _, its in self.layers for name in self.projections}
+        own |= {"final"} if self.feature_teacher is not None else set()
+        told: Signals = signals if signals is not None and own <= signals.keys() else self.signals(batch)
         mask = mask.flatten()
         staged = mask if isinstance(mask, StagedMask) else StagedMask(mask.keep.long(), 1)
         stages = [staged.stage(index) for index in range(staged.stages)]
@@ -220,9 +223,7 @@ class BoundHybridDistill(BoundObjective):
         parts = {}
         if self.mim_teacher is not None:
             distances = [
-                self._relations(
-                    _tensors(found[mine]), told, its, stages[bisect_right(starts, mine) - 1], prefix
-                )
+                self._relations(found[mine], told, its, stages[bisect_right(starts, mine) - 1], prefix)
                 for mine, its in self.layers
             ]
             parts["relations"] = self.settings.alpha * torch.stack(distances).mean()
@@ -264,18 +265,19 @@ class BoundHybridDistill(BoundObjective):
         told = {"between": between} if drops else {}
         return self.backbone.encode(torch.cat([prefix, tokens], 1), **told), length
 
-    def _relations(
-        self, student: dict[str, Tensor], told: Signals, its: int, alive: Mask, prefix: int
-    ) -> Tensor:
+    def _relations(self, student: Projections, told: Signals, its: int, alive: Mask, prefix: int) -> Tensor:
         """Mean distance of the chosen relations of one block, among the tokens alive there."""
         assert self.mim_teacher is not None
-        theirs = self.mim_teacher.prefix
-        distances = []
-        for kind in self.settings.relations:
-            mine = [_without_others(student[name], prefix, theirs) for name in RELATIONS[kind]]
-            # A relation of kept tokens is the same before and after the others are left out, for there is no soft-max yet.
-            other = [_kept(told[f"MIM {its} {name}"], alive, theirs, prefix) for name in RELATIONS[kind]]
-            distances.append(relation_distance(relation(*mine), relation(*other), self.settings.measure))
+        other = self.mim_teacher.prefix
+        mine = {name: _without_others(getattr(student, name), prefix, other) for name in self.projections}
+        # Relations of kept tokens are the same before and after the others are left out, for there is no soft-max yet.
+        wanted = {name: _kept(told[f"MIM {its} {name}"], alive, other, prefix) for name in self.projections}
+        distances = [
+            relation_distance(
+                relation(mine[x], mine[y]), relation(wanted[x], wanted[y]), self.settings.measure
+            )
+            for x, y in (RELATIONS[kind] for kind in self.settings.relations)
+        ]
         return torch.stack(distances).mean()
 
 
@@ -289,10 +291,6 @@ def _kept(tokens: Tensor, alive: Mask, prefix: int, other: int) -> Tensor:
     index = alive.visible_indices().view(len(tokens), *(1,) * (tokens.ndim - 3), -1, 1)
     index = (prefix + index).expand(*tokens.shape[:-2], -1, tokens.shape[-1])
     return torch.cat([tokens[..., : min(prefix, other, 1), :], tokens.gather(-2, index)], -2)
-
-
-def _tensors(projections: Projections) -> dict[str, Tensor]:
-    return {name: getattr(projections, name) for name in ("query", "key", "value")}
 
 
 def _block(layer: int, depth: int, whose: str) -> int:

@@ -136,6 +136,19 @@ def test_the_scores_and_what_is_dropped_are_those_computed_by_hand():
     assert drop_redundant(TOKENS, alive, 3).tolist() == [[True, True, False, False, True, False]]
 
 
+def test_dropping_one_of_the_most_similar_pair_is_another_method():
+    directions = torch.nn.functional.normalize(TOKENS[0], dim=-1)
+    similar = (directions @ directions.T).triu(1) - 2 * torch.ones(6, 6).tril()
+    dropped = []
+    for _ in range(2):
+        dropped.append(int(similar.argmax()) % 6)
+        similar[dropped[-1]] = similar[:, dropped[-1]] = -2
+    assert dropped == [1, 2]
+    assert sorted(
+        (~drop_redundant(TOKENS, torch.ones(1, 6, dtype=torch.bool), 4)[0]).nonzero().flatten()
+    ) == [2, 5]
+
+
 def test_the_strategy_drops_the_same_in_two_stages():
     mask = drawn(TOKENS, keep=0.7, stages=2)  # 6 → 4 → 2
     assert alive_counts(6, 0.7, 2) == [4, 2]
@@ -391,12 +404,12 @@ def test_relations_and_features_are_those_of_the_tokens_alive_there():
         teacher = its[1, "q_proj"][row] @ its[1, "k_proj"][row].mT / math.sqrt(8)
         relations.append(teacher[:, middle][:, :, middle])
         wanted.append(torch.nn.functional.layer_norm(target[row], (16,))[last])
-    assert float(loss.parts["features"]) == pytest.approx(
+    assert loss.parts["features"].item() == pytest.approx(
         float(torch.nn.functional.smooth_l1_loss(final, torch.stack(wanted))), abs=1e-6
     )
     tokens = student_queries(student, pixels, mask)
     expected = torch.nn.functional.smooth_l1_loss(tokens, torch.stack(relations))
-    assert float(loss.parts["relations"]) == pytest.approx(float(expected), abs=1e-6)
+    assert loss.parts["relations"].item() == pytest.approx(float(expected), abs=1e-6)
 
 
 def student_queries(student, pixels, mask):
@@ -436,6 +449,12 @@ def test_no_weight_on_features_is_relation_distillation():
     assert float(loss.total) == float(loss.parts["relations"])
     assert one.feature_teacher is None
     assert one.signals(batch())["teacher_features"].shape == (3, 16, 3, 16)
+
+
+def test_signals_of_others_do_not_stand_in_for_the_teachers():
+    one = bound()
+    alone = one(batch(), everything(), signals={"teacher_features": torch.zeros(3, 16, 3, 24)}).total
+    assert torch.equal(alone, one(batch(), everything(), signals=one.signals(batch())).total)
 
 
 def test_both_weights_scale_their_terms():
