@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from maskwright.mask import AttentionMask as AttentionMask
     from maskwright.mask import Layout as Layout
     from maskwright.mask import Mask as Mask
+    from maskwright.mask import StagedMask as StagedMask
     from maskwright.mask import load_masks as load_masks
     from maskwright.mask import save_masks as save_masks
     from maskwright.protocols import Batch as Batch
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "maskwright.mask": ("Mask", "AttentionMask", "Layout", "save_masks", "load_masks"),
+    "maskwright.mask": ("Mask", "StagedMask", "AttentionMask", "Layout", "save_masks", "load_masks"),
     "maskwright.protocols": (
         *(
             "MaskStrategy",

@@ -27,6 +27,8 @@ class PatchBackbone(Protocol):
     - `prefix(batch_size) -> [B, P, D]`: class and register tokens with their positions (P may be 0)
     - `encode(tokens [B, P+K, D], levels=()) -> [B, P+K, D]`: the blocks and the final norm, on any number of tokens;
       with `levels` a list with the outputs of those blocks, before the final norm (0-based; -1 is the last block)
+    - optionally `encode(..., between=None)`, for objectives that drop tokens on the way: called before each block with its
+      number and tokens, `between(index, tokens)` returns the tokens that go in
     - `grid`: (rows, columns) of patches, N = rows × columns; `patch_size`: pixels a side; `width`: D; `depth`: blocks;
       `channels`: C
     - optional `relative_positions = True`: its blocks compare positions. `encode` then also takes `places` int64 [B, K], the

@@ -72,14 +72,25 @@ class TransformersViT(TransformersPatches):
             tokens = torch.cat([tokens, registers], dim=1)
         return tokens.expand(batch_size, -1, -1)
 
-    def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any:
-        return self._run(tokens, levels)
+    def encode(
+        self,
+        tokens: Tensor,
+        levels: Sequence[int] = (),
+        between: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Any:
+        return self._run(tokens, levels, between)
 
-    def _run(self, tokens: Tensor, levels: Sequence[int], **told: Any) -> Any:
+    def _run(
+        self,
+        tokens: Tensor,
+        levels: Sequence[int],
+        between: Callable[[int, Tensor], Tensor] | None = None,
+        **told: Any,
+    ) -> Any:
         hidden = self.model.embeddings.dropout(tokens)
         wanted: dict[int, Any] = {level % self.depth: None for level in levels}
         for index, layer in enumerate(self._layers):
-            hidden = layer(hidden, **told)
+            hidden = layer(hidden if between is None else between(index, hidden), **told)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index in wanted:
                 wanted[index] = hidden
@@ -120,10 +131,21 @@ class TransformersBeit(TransformersViT):
         table, token = self.model.embeddings.position_embeddings, self.model.embeddings.cls_token
         return (token if table is None else token + table[:, :1]).expand(batch_size, -1, -1)
 
-    def encode(self, tokens: Tensor, levels: Sequence[int] = (), places: Tensor | None = None) -> Any:
+    def encode(
+        self,
+        tokens: Tensor,
+        levels: Sequence[int] = (),
+        between: Callable[[int, Tensor], Tensor] | None = None,
+        places: Tensor | None = None,
+    ) -> Any:
         told: dict[str, Any] = {"resolution": self.image_size}
         if not self.relative_positions:
-            return self._run(tokens, levels, **told)
+            return self._run(tokens, levels, between, **told)
+        if between is not None:
+            raise BackboneMismatch(
+                f"{type(self.model).__name__} compares positions, so that no tokens can be dropped between its blocks; use a ViT, or a "
+                "BEiT without relative_position_bias."
+            )
         if self.model.shared_position_bias is not None:
             told["attention_mask"] = self.model.shared_position_bias(self.grid)
         if places is not None:

@@ -604,7 +604,7 @@ def _quiet_loss(scene: Scene, batch: dict[str, Tensor]) -> Loss | None:
 
 @rule(KIND, cases=passes, examples=10)
 def check_signals_are_as_declared(component: Any, example: Pass) -> None:
-    """`signals` returns what `provides` names: finite, [B, N], without gradient, the same when asked again.
+    """`signals` returns what `provides` names: finite, [B, N, …], without gradient, the same when asked again.
 
     It may return more, with a row for each sample, for its own forward pass: a teacher runs once in a step.
     """
@@ -619,8 +619,11 @@ def check_signals_are_as_declared(component: Any, example: Pass) -> None:
     require(not missing, f"it returned {sorted(signals)}, `provides` promises {missing}.")
     for name, value in signals.items():
         shape, wanted = list(value.shape), [layout.batch, layout.positions]
-        fits = shape == wanted if name in component.provides else shape[:1] == wanted[:1]
-        require(fits, f"signal {name!r} is {shape}, not {wanted}: rows × positions.")
+        known = 2 if name in component.provides else 1
+        fits = shape[:known] == wanted[:known]
+        require(
+            fits, f"signal {name!r} is {shape}, not {wanted} (rows × positions), before any further axes."
+        )
         require(not value.requires_grad, f"signal {name!r} carries a gradient.")
         require(value.isfinite().all(), f"signal {name!r} is not finite.")
         require(torch.equal(value, again[name]), f"signal {name!r} was another when asked again.")
