@@ -6,6 +6,7 @@ A user's own module that has the methods *is* a backbone: structural typing, no 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +26,9 @@ class PatchBackbone(Protocol):
     - `positions -> [1, N, D]`: position embeddings of the patches
     - `prefix(batch_size) -> [B, P, D]`: class and register tokens with their positions (P may be 0)
     - `encode(tokens [B, P+K, D], levels=()) -> [B, P+K, D]`: the blocks and the final norm, on any number of tokens;
-      with `levels` a list with the outputs of those blocks, before the final norm (0-based; -1 is the last block)
+      with `levels` a list with the outputs of those blocks, before the final norm (0-based; -1 is the last block).
+      It may take a third argument, `attention`: an `AttentionMask`, or a `maskwright.toolkit.attention.ScoreRule` that each
+      block evaluates on its own queries and keys; objectives that need it ask `takes_attention`
     - `grid`: (rows, columns) of patches, N = rows × columns; `patch_size`: pixels a side; `width`: D; `depth`: blocks;
       `channels`: C
     """
@@ -153,6 +156,11 @@ def adapt(module: nn.Module, kind: type | str) -> Any:
         f"{type(module).__name__} is no {protocol.__name__}: it lacks {'; '.join(missing)}. Add them to your module (no base "
         f"class is needed), or pass a model of transformers that has an adapter ({supported(protocol)})."
     )
+
+
+def takes_attention(backbone: PatchBackbone) -> bool:
+    """Whether a patch backbone's `encode` has the argument `attention`, with which rules enter its blocks."""
+    return "attention" in inspect.signature(backbone.encode).parameters
 
 
 def _has(module: nn.Module, name: str) -> bool:

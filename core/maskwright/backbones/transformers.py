@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from maskwright.backbones import PatchBackbone, TokenBackbone, adapter
 from maskwright.errors import BackboneMismatch
 from maskwright.mask import AttentionMask, Mask
-from maskwright.toolkit.attention import Slabs
+from maskwright.toolkit.attention import ScoreRule, Slabs
 
 
 class TransformersViT(nn.Module):
-    """A `ViTModel` or `DeiTModel` of transformers as a PatchBackbone. `model` is the wrapped model, for saving."""
+    """A `ViTModel` or `DeiTModel` of transformers as a PatchBackbone. `model` is the wrapped model, for saving.
+
+    At the first attention rule its attention implementation becomes "maskwright" (see `register_attention`).
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -54,15 +57,27 @@ class TransformersViT(nn.Module):
         tokens = torch.cat([token for token in special if token is not None], dim=1)
         return (tokens + embeddings.position_embeddings[:, : self._prefix_length]).expand(batch_size, -1, -1)
 
-    def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any:
+    def encode(
+        self,
+        tokens: Tensor,
+        levels: Sequence[int] = (),
+        attention: AttentionMask | ScoreRule | None = None,
+    ) -> Any:
         hidden = self.model.embeddings.dropout(tokens)
+        rule = {} if attention is None else {"attention_mask": self._attention(attention)}
         wanted: dict[int, Any] = {level % self.depth: None for level in levels}
         for index, layer in enumerate(self._layers):
-            hidden = layer(hidden)
+            hidden = layer(hidden, **rule)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index in wanted:
                 wanted[index] = hidden
         return [wanted[level % self.depth] for level in levels] if levels else self.model.layernorm(hidden)
+
+    def _attention(self, attention: AttentionMask | ScoreRule) -> Slabs | ScoreRule:
+        if self.model.config._attn_implementation != ATTENTION:
+            register_attention()
+            self.model.set_attn_implementation(ATTENTION)
+        return Slabs(attention) if isinstance(attention, AttentionMask) else attention
 
     @property
     def depth(self) -> int:
@@ -135,7 +150,7 @@ class TransformersLM(nn.Module):
 
 
 ATTENTION = "maskwright"
-"""The attention implementation under which transformers' models take an `AttentionMask`."""
+"""The attention implementation under which transformers' models take an `AttentionMask`, and their layers a `ScoreRule`."""
 
 
 def register_attention() -> None:
@@ -170,7 +185,7 @@ def _attention(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """[B, H, Q, D], [B, G, K, D], [B, G, K, E] → [B, Q, H, E]: called by every layer."""
-    if not isinstance(attention_mask, Slabs):
+    if not isinstance(attention_mask, Slabs | ScoreRule):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
