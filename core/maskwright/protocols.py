@@ -41,7 +41,8 @@ class MaskStrategy(Protocol):
     """Decides what is hidden.
 
     Class attributes beside those of `Component`: `needs`, the signals it must be given; optionally `monotone`, the
-    parameters (or "progress") that never shrink the hidden set as they grow, and `exempt` (see maskwright.testing).
+    parameters (or "progress") that never shrink the hidden set as they grow; `disjoint_rows`, how many consecutive
+    rows keep no position twice (4: rows 0 … 3, rows 4 … 7, …, the last ones may be fewer; 1 without it); and `exempt` (see maskwright.testing).
     """
 
     kind: ClassVar[str]
@@ -113,7 +114,8 @@ class Objective(Protocol):
     """Decides what is learned from what is left.
 
     `backbone` names the kind of backbone it works on (a protocol of maskwright.backbones: "patch", "conv", "token",
-    "denoiser"). `needs` are batch columns; `provides` are signals that its bound form can compute.
+    "denoiser"). `needs` are batch columns; `provides` are signals that its bound form can compute. Optionally `disjoint_rows`, how
+    many consecutive rows must keep no position twice, because it mixes them: strategies that do not promise it are refused.
     """
 
     kind: ClassVar[str]

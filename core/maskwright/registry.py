@@ -34,6 +34,7 @@ from maskwright.errors import (
     MissingColumn,
     MissingSignal,
     NameConflict,
+    OverlappingMasks,
     PluginLoadError,
     RegistryFileError,
     UnknownComponent,
@@ -1041,6 +1042,7 @@ def check_fit(
     """Raise when the strategy needs a signal that nobody provides, or the objective a column the data lack.
 
     Batch columns count as signals: a strategy may need "tokens". The message names who could provide what is missing.
+    Raises `OverlappingMasks` when the objective mixes more rows than the strategy keeps disjoint (`disjoint_rows`).
     """
     if columns is not None and (lacking := objective.needs - columns):
         raise MissingColumn(
@@ -1056,6 +1058,16 @@ def check_fit(
         raise MissingSignal(
             f"Strategy {strategy.name!r} needs the signal {_quoted(missing)}, which objective {objective.name!r} does not "
             f"provide; {advice}."
+        )
+    mixed, disjoint = (getattr(one, "disjoint_rows", 1) for one in (objective, strategy))
+    if disjoint % mixed:
+        suited = getattr(objective, "default_strategy", None)
+        fault, advice = f"keeps only {disjoint} disjoint", "give both the same number"
+        if disjoint == 1:
+            fault, advice = "draws each by itself", f"use {suited!r}" if suited else "use one that does"
+        raise OverlappingMasks(
+            f"Objective {objective.name!r} mixes {mixed} consecutive rows, whose masks must not overlap; strategy "
+            f"{strategy.name!r} {fault}; {advice}."
         )
 
 

@@ -21,6 +21,7 @@ from maskwright.errors import (
     MissingColumn,
     MissingSignal,
     NameConflict,
+    OverlappingMasks,
     PluginLoadError,
     RegistryFileError,
     UnknownComponent,
@@ -913,3 +914,21 @@ def test_a_missing_signal_names_who_provides_it(tmp_path):
         check_fit(*strategy_and_objective(["loss"]), catalogue=registry)
     with pytest.raises(MissingSignal, match="no registered objective provides it"):
         check_fit(*strategy_and_objective(["sound"]), catalogue=registry)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "disjoint", "advice"),
+    [(4, 1, "draws each by itself; use 'apart'"), (4, 2, "keeps only 2 disjoint; give both the same number")],
+)
+def test_an_objective_that_mixes_rows_refuses_masks_that_may_overlap(mixed, disjoint, advice):
+    strategy, objective = strategy_and_objective()
+    strategy.disjoint_rows, objective.disjoint_rows, objective.default_strategy = disjoint, mixed, "apart"
+    with pytest.raises(OverlappingMasks, match=f"'learner' mixes {mixed} consecutive rows.*{advice}"):
+        check_fit(strategy, objective)
+
+
+@pytest.mark.parametrize(("mixed", "disjoint"), [(4, 4), (2, 4), (1, 4), (1, 1)])
+def test_rows_that_are_disjoint_are_so_in_smaller_numbers_too(mixed, disjoint):
+    strategy, objective = strategy_and_objective()
+    strategy.disjoint_rows, objective.disjoint_rows = disjoint, mixed
+    check_fit(strategy, objective)
