@@ -65,6 +65,7 @@ _COMPONENT_KEYS = frozenset(
         "backbone",
         "domain",
         "budgets",
+        "disjoint_rows",
         "exempt",
         "parameters",
     }
@@ -146,6 +147,7 @@ class ComponentInfo:
     backbone: str = ""
     domain: str = ""
     budgets: frozenset[str] = frozenset()
+    disjoint_rows: int = 1
     exempt: Mapping[str, str] = attrs.field(factory=dict)
     parameters: tuple[Parameter, ...] = ()
 
@@ -747,6 +749,11 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
             _text(parameter, key, path, inside)
         if not parameter.get("name"):
             raise RegistryFileError(f"{path}, {inside}: each needs a `name`.")
+    rows = entry.get("disjoint_rows", 1)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise RegistryFileError(
+            f"{path}, {where}: disjoint_rows {rows!r} must be a whole number of at least 1."
+        )
     exempt = _table(entry.get("exempt", {}), path, f"{where} exempt")
     for rule in exempt:
         _text(exempt, rule, path, f"{where} exempt")
@@ -761,6 +768,7 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
         backbone=_text(entry, "backbone", path, where),
         domain=_text(entry, "domain", path, where),
         budgets=frozenset(_texts(entry, "budgets", path, where)),
+        disjoint_rows=rows,
         exempt=exempt,
         parameters=tuple(Parameter(**parameter) for parameter in parameters),
     )
@@ -950,9 +958,21 @@ def describe_component(component: type, plugin: PluginInfo) -> ComponentInfo:
         backbone=getattr(component, "backbone", ""),
         domain=getattr(component, "domain", ""),
         budgets=words("budgets"),
+        disjoint_rows=_disjoint_rows(component),
         exempt=dict(getattr(component, "exempt", {})),
         parameters=tuple(_describe_parameter(field) for field in fields),
     )
+
+
+def _disjoint_rows(component: type) -> int:
+    """What a class says of its consecutive rows; with its default parameters, where they decide."""
+    rows: Any = getattr(component, "disjoint_rows", 1)
+    if isinstance(rows, property):
+        try:
+            rows = component().disjoint_rows
+        except TypeError:  # a parameter has no default
+            return 1
+    return rows if isinstance(rows, int) else 1
 
 
 def _describe_parameter(field: attrs.Attribute[Any]) -> Parameter:

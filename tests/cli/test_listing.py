@@ -143,6 +143,7 @@ def test_the_json_schema_is_what_it_says(site: Site):
         "needs": [],
         "provides": [],
         "budgets": [],
+        "disjoint_rows": 1,
         "backbone": "",
         "domain": "",
         "parameters": [

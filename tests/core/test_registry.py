@@ -329,6 +329,7 @@ COMPONENT = '[plugins.a]\nmodule = "x"\n[[plugins.a.components]]\nkind = "pruner
         ),
         (COMPONENT + 'parameters = [{ name = "a", default = 1 }]\n', "default must be a text, not 1"),
         (COMPONENT + 'parameters = [{ help = "a" }]\n', "each needs a `name`"),
+        (COMPONENT + "disjoint_rows = 0\n", "disjoint_rows 0 must be a whole number of at least 1"),
         (COMPONENT + 'exempt = "all"\n', "exempt must be a table, not 'all'"),
         (COMPONENT + "exempt = { monotone = 3 }\n", "monotone must be a text, not 3"),
         (COMPONENT + '[[plugins.a.components]]\nkind = "pruner"\nname = "thin"\n', "'thin' is listed twice"),
@@ -932,3 +933,24 @@ def test_rows_that_are_disjoint_are_so_in_smaller_numbers_too(mixed, disjoint):
     strategy, objective = strategy_and_objective()
     strategy.disjoint_rows, objective.disjoint_rows = disjoint, mixed
     check_fit(strategy, objective)
+
+
+@attrs.frozen
+class Mixes:
+    kind, name, modalities = "objective", "mixes", frozenset({"image"})
+    images: int = 3
+
+    @property
+    def disjoint_rows(self):
+        return self.images
+
+
+@attrs.frozen
+class MixesAnyNumber(Mixes):
+    images: int = attrs.field()
+
+
+@pytest.mark.parametrize(("component", "rows"), [(Mixes, 3), (MixesAnyNumber, 1)])
+def test_the_catalogue_says_how_many_rows_are_mixed_by_default(component, rows):
+    plugin = PluginInfo(slug="m", module="m")
+    assert describe_component(component, plugin).disjoint_rows == rows

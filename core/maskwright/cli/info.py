@@ -94,7 +94,7 @@ def providers(registry: Registry, one: ComponentInfo) -> dict[str, list[str]]:
 
 def partners(registry: Registry, one: ComponentInfo) -> list[ComponentInfo]:
     """The objectives that a strategy works with, or the strategies that an objective works with: a modality in common, and
-    every signal that the strategy needs."""
+    every signal that the strategy needs, and masks that overlap no more than the objective allows, at the default parameters."""
     other_kind = {"mask-strategy": "objective", "objective": "mask-strategy"}.get(one.kind)
     if other_kind is None:
         return []
@@ -102,7 +102,9 @@ def partners(registry: Registry, one: ComponentInfo) -> list[ComponentInfo]:
     def fits(other: ComponentInfo) -> bool:
         strategy, objective = (one, other) if one.kind == "mask-strategy" else (other, one)
         return (
-            bool(one.modalities & other.modalities) and strategy.needs <= objective.provides | objective.needs
+            bool(one.modalities & other.modalities)
+            and strategy.needs <= objective.provides | objective.needs
+            and strategy.disjoint_rows % objective.disjoint_rows == 0
         )
 
     return [other for other in registry.find(kind=other_kind) if fits(other)]
