@@ -58,6 +58,10 @@ class MissingColumn(UsageError):
     """An objective needs a batch column that the data do not have."""
 
 
+class OverlappingMasks(UsageError, ValueError):
+    """Rows that an objective mixes keep the same position, or the strategy does not promise that they will not."""
+
+
 class BackboneMismatch(UsageError, TypeError):
     """A module is not a backbone of the kind that the objective works on."""
 

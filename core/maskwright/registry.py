@@ -35,6 +35,7 @@ from maskwright.errors import (
     MissingColumn,
     MissingSignal,
     NameConflict,
+    OverlappingMasks,
     PluginLoadError,
     RegistryFileError,
     UnknownComponent,
@@ -73,6 +74,7 @@ _COMPONENT_KEYS = frozenset(
         "backbone",
         "domain",
         "budgets",
+        "disjoint_rows",
         "exempt",
         "parameters",
     }
@@ -158,6 +160,7 @@ class ComponentInfo:
     backbone: str = ""
     domain: str = ""
     budgets: frozenset[str] = frozenset()
+    disjoint_rows: int = 1
     exempt: Mapping[str, str] = attrs.field(factory=dict)
     parameters: tuple[Parameter, ...] = ()
 
@@ -776,6 +779,11 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
         tables[key] = _table(entry.get(key, {}), path, f"{where} {key}")
         for name_within in tables[key]:
             _text(tables[key], name_within, path, f"{where} {key}")
+    rows = entry.get("disjoint_rows", 1)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise RegistryFileError(
+            f"{path}, {where}: disjoint_rows {rows!r} must be a whole number of at least 1."
+        )
     return ComponentInfo(
         kind=kind,
         name=name,
@@ -789,6 +797,7 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
         budgets=frozenset(_texts(entry, "budgets", path, where)),
         counts=counts,
         **tables,
+        disjoint_rows=rows,
         parameters=tuple(Parameter(**parameter) for parameter in parameters),
     )
 
@@ -979,6 +988,7 @@ def describe_component(component: type, plugin: PluginInfo) -> ComponentInfo:
         backbone=getattr(component, "backbone", ""),
         domain=getattr(component, "domain", ""),
         budgets=words("budgets"),
+        disjoint_rows=_disjoint_rows(component),
         exempt=dict(getattr(component, "exempt", {})),
         parameters=tuple(_describe_parameter(field) for field in fields),
     )
@@ -991,6 +1001,17 @@ def _describe_counts(component: type) -> str:
     if not isinstance(counts, str):
         return other
     return "" if counts == default else counts
+
+
+def _disjoint_rows(component: type) -> int:
+    """What a class says of its consecutive rows; with its default parameters, where they decide."""
+    rows: Any = getattr(component, "disjoint_rows", 1)
+    if isinstance(rows, property):
+        try:
+            rows = component().disjoint_rows
+        except TypeError:  # a parameter has no default
+            return 1
+    return rows if isinstance(rows, int) else 1
 
 
 def _describe_parameter(field: attrs.Attribute[Any]) -> Parameter:
@@ -1101,7 +1122,8 @@ def check_fit(
     """Raise when the strategy needs a signal that nobody provides, or the objective a column the data lack or equal counts.
 
     Batch columns count as signals: a strategy may need "tokens". The message names who could provide what is missing, or
-    with which parameter, or which strategies, the counts are equal.
+    with which parameter, or which strategies, the counts are equal. Raises `OverlappingMasks` when the objective mixes more
+    rows than the strategy keeps disjoint (`disjoint_rows`).
     """
     if columns is not None and (lacking := objective.needs - columns):
         raise MissingColumn(
@@ -1137,6 +1159,16 @@ def check_fit(
         raise CountsMismatch(
             f"Strategy {strategy.name!r} does not keep the same number of positions in every sample, which objective "
             f"{objective.name!r} needs; {advice}."
+        )
+    mixed, disjoint = (getattr(one, "disjoint_rows", 1) for one in (objective, strategy))
+    if disjoint % mixed:
+        suited = getattr(objective, "default_strategy", None)
+        fault, advice = f"keeps only {disjoint} disjoint", "give both the same number"
+        if disjoint == 1:
+            fault, advice = "draws each by itself", f"use {suited!r}" if suited else "use one that does"
+        raise OverlappingMasks(
+            f"Objective {objective.name!r} mixes {mixed} consecutive rows, whose masks must not overlap; strategy "
+            f"{strategy.name!r} {fault}; {advice}."
         )
 
 

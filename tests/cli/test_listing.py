@@ -145,6 +145,7 @@ def test_the_json_schema_is_what_it_says(site: Site):
         "budgets": [],
         "counts": "",
         "exact_with": {},
+        "disjoint_rows": 1,
         "backbone": "",
         "domain": "",
         "parameters": [

@@ -22,6 +22,7 @@ from maskwright.errors import (
     MissingColumn,
     MissingSignal,
     NameConflict,
+    OverlappingMasks,
     PluginLoadError,
     RegistryFileError,
     UnknownComponent,
@@ -329,6 +330,7 @@ COMPONENT = '[plugins.a]\nmodule = "x"\n[[plugins.a.components]]\nkind = "pruner
         ),
         (COMPONENT + 'parameters = [{ name = "a", default = 1 }]\n', "default must be a text, not 1"),
         (COMPONENT + 'parameters = [{ help = "a" }]\n', "each needs a `name`"),
+        (COMPONENT + "disjoint_rows = 0\n", "disjoint_rows 0 must be a whole number of at least 1"),
         (COMPONENT + 'exempt = "all"\n', "exempt must be a table, not 'all'"),
         (COMPONENT + "exempt = { monotone = 3 }\n", "monotone must be a text, not 3"),
         (COMPONENT + '[[plugins.a.components]]\nkind = "pruner"\nname = "thin"\n', "'thin' is listed twice"),
@@ -997,3 +999,42 @@ def test_a_word_that_counts_cannot_be_is_refused(tmp_path):
 
     with pytest.raises(BadParameter, match="may be 'exact' or 'bounded', not 'equal'"):
         Registry(third_party=False, built_in=False).register(Odd)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "disjoint", "advice"),
+    [(4, 1, "draws each by itself; use 'apart'"), (4, 2, "keeps only 2 disjoint; give both the same number")],
+)
+def test_an_objective_that_mixes_rows_refuses_masks_that_may_overlap(mixed, disjoint, advice):
+    strategy, objective = strategy_and_objective()
+    strategy.disjoint_rows, objective.disjoint_rows, objective.default_strategy = disjoint, mixed, "apart"
+    with pytest.raises(OverlappingMasks, match=f"'learner' mixes {mixed} consecutive rows.*{advice}"):
+        check_fit(strategy, objective)
+
+
+@pytest.mark.parametrize(("mixed", "disjoint"), [(4, 4), (2, 4), (1, 4), (1, 1)])
+def test_rows_that_are_disjoint_are_so_in_smaller_numbers_too(mixed, disjoint):
+    strategy, objective = strategy_and_objective()
+    strategy.disjoint_rows, objective.disjoint_rows = disjoint, mixed
+    check_fit(strategy, objective)
+
+
+@attrs.frozen
+class Mixes:
+    kind, name, modalities = "objective", "mixes", frozenset({"image"})
+    images: int = 3
+
+    @property
+    def disjoint_rows(self):
+        return self.images
+
+
+@attrs.frozen
+class MixesAnyNumber(Mixes):
+    images: int = attrs.field()
+
+
+@pytest.mark.parametrize(("component", "rows"), [(Mixes, 3), (MixesAnyNumber, 1)])
+def test_the_catalogue_says_how_many_rows_are_mixed_by_default(component, rows):
+    plugin = PluginInfo(slug="m", module="m")
+    assert describe_component(component, plugin).disjoint_rows == rows

@@ -46,6 +46,24 @@ class Causal:
         return AttentionMask.causal(layout.positions, device=layout.device)
 
 
+@attrs.frozen
+class Apart:
+    """Two consecutive rows keep one half of the positions each."""
+
+    kind: ClassVar[str] = "mask-strategy"
+    name: ClassVar[str] = "apart"
+    modalities: ClassVar[frozenset[str]] = frozenset({"image"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    disjoint_rows: ClassVar[int] = 2
+
+    def draw(self, layout, *, signals, progress, generator):
+        pairs = noise(Layout((layout.batch + 1) // 2, layout.grid), generator)
+        scores = pairs[:, None] * torch.tensor([1.0, -1.0])[:, None]
+        keep = keep_largest(scores.flatten(0, 1)[: layout.batch], layout.positions // 2)
+        return Mask(keep.view(layout.shape))
+
+
 class Tensors(Right):
     def draw(self, layout, **others):
         return super().draw(layout, **others).keep
@@ -156,6 +174,12 @@ class OneRowForAll(Right):
         return noise(Layout(1, layout.grid), generator).expand(layout.batch, -1).contiguous()
 
 
+class Meets(Right):
+    """It says that three rows keep no position twice, and draws each by itself."""
+
+    disjoint_rows = 3
+
+
 class ForgetsWhatWasHidden(Right):
     """Another order above one half."""
 
@@ -192,7 +216,7 @@ class Changeable(Right):
         object.__setattr__(self, name, value)
 
 
-RIGHT = (Right, Causal, Bounded)
+RIGHT = (Right, Causal, Bounded, Apart)
 BROKEN = [
     ("draws-a-boolean-mask", Tensors),
     ("draws-a-boolean-mask", Raises),
@@ -210,6 +234,7 @@ BROKEN = [
     ("signals-are-left-alone", WritesSignals),
     ("rows-are-independent", LooksAtTheBatch),
     ("rows-are-independent", OneRowForAll),
+    ("consecutive-rows-are-disjoint", Meets),
     ("monotone", ForgetsWhatWasHidden),
     ("monotone", ForgetsAsItGoes),
     ("every-signal-is-used", NeedsMoreThanItUses),

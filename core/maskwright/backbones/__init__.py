@@ -6,6 +6,7 @@ A user's own module that has the methods *is* a backbone: structural typing, no 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +30,8 @@ class PatchBackbone(Protocol):
       with `levels` a list with the outputs of those blocks, before the final norm (0-based; -1 is the last block)
     - optionally `encode(..., between=None)`, for objectives that drop tokens on the way: called before each block with its
       number and tokens, `between(index, tokens)` returns the tokens that go in
+    - optionally `encode(..., attention=None)`: an `AttentionMask`, or a `maskwright.toolkit.attention.ScoreRule` that each
+      block evaluates on its own queries and keys; objectives that need it ask `takes_attention`
     - `grid`: (rows, columns) of patches, N = rows × columns; `patch_size`: pixels a side; `width`: D; `depth`: blocks;
       `channels`: C
     - optional `relative_positions = True`: its blocks compare positions. `encode` then also takes `places` int64 [B, K], the
@@ -217,6 +220,11 @@ def encode_visible(backbone: Any, tokens: Tensor, mask: Mask, levels: Sequence[i
     relative = getattr(backbone, "relative_positions", False)
     told = {"places": mask.visible_indices()} if relative else {}
     return backbone.encode(torch.cat([backbone.prefix(len(tokens)), visible], dim=1), levels, **told)
+
+
+def takes_attention(backbone: PatchBackbone) -> bool:
+    """Whether a patch backbone's `encode` has the argument `attention`, with which rules enter its blocks."""
+    return "attention" in inspect.signature(backbone.encode).parameters
 
 
 def _has(module: nn.Module, name: str) -> bool:

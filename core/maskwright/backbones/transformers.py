@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskwright.backbones import GridBackbone, PatchBackbone, TokenBackbone, adapter
 from maskwright.errors import BackboneMismatch
 from maskwright.mask import AttentionMask, Mask
-from maskwright.toolkit.attention import Slabs
+from maskwright.toolkit.attention import ScoreRule, Slabs
 
 
 class TransformersPatches(nn.Module):
@@ -43,7 +43,8 @@ class TransformersPatches(nn.Module):
 class TransformersViT(TransformersPatches):
     """A `ViTModel`, `DeiTModel` or `Dinov2Model` (with registers or without) of transformers as a PatchBackbone.
 
-    The prefix is the class token, then DeiT's distillation token, or DINOv2's registers, which have no positions.
+    The prefix is the class token, then DeiT's distillation token, or DINOv2's registers, which have no positions. At the first
+    attention rule its attention implementation becomes "maskwright" (see `register_attention`).
     """
 
     def __init__(self, model: Any) -> None:
@@ -77,8 +78,10 @@ class TransformersViT(TransformersPatches):
         tokens: Tensor,
         levels: Sequence[int] = (),
         between: Callable[[int, Tensor], Tensor] | None = None,
+        attention: AttentionMask | ScoreRule | None = None,
     ) -> Any:
-        return self._run(tokens, levels, between)
+        told = {} if attention is None else {"attention_mask": self._attention(attention)}
+        return self._run(tokens, levels, between, **told)
 
     def _run(
         self,
@@ -95,6 +98,12 @@ class TransformersViT(TransformersPatches):
             if index in wanted:
                 wanted[index] = hidden
         return [wanted[level % self.depth] for level in levels] if levels else self.model.layernorm(hidden)
+
+    def _attention(self, attention: AttentionMask | ScoreRule) -> Slabs | ScoreRule:
+        if self.model.config._attn_implementation != ATTENTION:
+            register_attention()
+            self.model.set_attn_implementation(ATTENTION)
+        return Slabs(attention) if isinstance(attention, AttentionMask) else attention
 
     @property
     def depth(self) -> int:
@@ -131,7 +140,7 @@ class TransformersBeit(TransformersViT):
         table, token = self.model.embeddings.position_embeddings, self.model.embeddings.cls_token
         return (token if table is None else token + table[:, :1]).expand(batch_size, -1, -1)
 
-    def encode(
+    def encode(  # type: ignore[override]  # its bias leaves no room for a rule
         self,
         tokens: Tensor,
         levels: Sequence[int] = (),
@@ -287,7 +296,7 @@ class TransformersLM(nn.Module):
 
 
 ATTENTION = "maskwright"
-"""The attention implementation under which transformers' models take an `AttentionMask`."""
+"""The attention implementation under which transformers' models take an `AttentionMask`, and their layers a `ScoreRule`."""
 
 
 def register_attention() -> None:
@@ -326,7 +335,7 @@ def _attention(
     """[B, H, Q, D], [B, G, K, D], [B, G, K, E] → [B, Q, H, E]: called by every layer."""
     if places is not None and isinstance(attention_mask, Tensor):
         attention_mask = _among(attention_mask, places)
-    if not isinstance(attention_mask, Slabs):
+    if not isinstance(attention_mask, Slabs | ScoreRule):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(

@@ -76,6 +76,7 @@ def plugin_table(plugin: PluginInfo, components: Iterable[ComponentInfo]) -> str
                 lines.append(f"{key} = {_text(getattr(info, key))}")
         lines += [f"exact_with = {_inline(info.exact_with)}"] if info.exact_with else []
         lines += [f"budgets = {_texts(sorted(info.budgets))}"] if info.budgets else []
+        lines += [f"disjoint_rows = {info.disjoint_rows}"] if info.disjoint_rows != 1 else []
         lines += [f"exempt = {_inline(info.exempt)}"] if info.exempt else []
         if info.parameters:
             lines.append("parameters = [")

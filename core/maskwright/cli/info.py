@@ -98,7 +98,7 @@ def providers(registry: Registry, one: ComponentInfo) -> dict[str, list[str]]:
 
 def partners(registry: Registry, one: ComponentInfo) -> list[ComponentInfo]:
     """The objectives that a strategy works with, or the strategies that an objective works with: a modality in common,
-    every signal that the strategy needs, and equal counts where the objective needs them."""
+    every signal that the strategy needs, equal counts where the objective needs them, and rows disjoint where it mixes them."""
     from maskwright.registry import counts_fit
 
     return [other for strategy, objective, other in _pairs(registry, one) if counts_fit(strategy, objective)]
@@ -122,7 +122,11 @@ def _pairs(
     other_kind = {"mask-strategy": "objective", "objective": "mask-strategy"}.get(one.kind)
     for other in registry.find(kind=other_kind) if other_kind else ():
         strategy, objective = (one, other) if one.kind == "mask-strategy" else (other, one)
-        if one.modalities & other.modalities and strategy.needs <= objective.provides | objective.needs:
+        if (
+            one.modalities & other.modalities
+            and strategy.needs <= objective.provides | objective.needs
+            and strategy.disjoint_rows % objective.disjoint_rows == 0
+        ):
             yield strategy, objective, other
 
 

@@ -214,7 +214,7 @@ def component_as_json(
     `kind`; `name`; `address` (the name to ask for: `name`, or `qualified` where another has the same); `qualified`; `summary`;
     `modalities`, `needs`, `provides`, `budgets` (sorted lists); `counts` ("bounded" for a strategy whose rows may keep different
     numbers, "exact" for an objective that needs equal ones, else ""); `exact_with`; `backbone`; `domain`; `parameters` (a list of `name`, `type`,
-    `default`, `range`, `help`, all texts); `exempt` (rule → reason); `plugin` (slug), `module`, `distribution`, `version`,
+    `default`, `range`, `help`, all texts); `disjoint_rows`; `exempt` (rule → reason); `plugin` (slug), `module`, `distribution`, `version`,
     `source`; `problem` ("" when none is known).
     """
     plugin = info.plugin
@@ -233,6 +233,7 @@ def component_as_json(
             {key: getattr(one, key) for key in ("name", "type", "default", "range", "help")}
             for one in info.parameters
         ],
+        "disjoint_rows": info.disjoint_rows,
         "exempt": dict(info.exempt),
         "plugin": plugin.slug,
         **{key: getattr(plugin, key) for key in ("module", "distribution", "version", "source")},

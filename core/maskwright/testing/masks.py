@@ -184,6 +184,16 @@ def check_rows_are_independent(component: Any, draw: Draw) -> None:
         require(not (random and copies), "all rows are copies of one random row.", mask)
 
 
+@rule(KIND, cases=_two_rows, applies=lambda component: getattr(component, "disjoint_rows", 1) > 1)
+def check_consecutive_rows_are_disjoint(component: Any, draw: Draw) -> None:
+    """As many consecutive rows as the class says in `disjoint_rows` never keep the same position."""
+    mask, group = _readable(component, draw), draw.strategy(component).disjoint_rows
+    unwanted(isinstance(mask, AttentionMask))
+    for first in range(0, draw.batch, group):
+        most = int(mask.keep[first : first + group].sum(0).max())
+        require(most <= 1, f"a position is kept by {most} of the {group} rows from row {first} on.", mask)
+
+
 @rule(KIND, cases=growths, examples=30, applies=lambda component: bool(getattr(component, "monotone", ())))
 def check_monotone(component: Any, growth: Growth) -> None:
     """What is hidden stays hidden as a parameter that the class lists in `monotone` grows, under the same seed."""
@@ -313,6 +323,7 @@ RULES: tuple[Rule, ...] = (
     check_global_random_state_is_untouched,
     check_signals_are_left_alone,
     check_rows_are_independent,
+    check_consecutive_rows_are_disjoint,
     check_monotone,
     check_every_signal_is_used,
     check_ordinary_layouts_are_accepted,
