@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maskwright.backbones.defaults import vision_transformer
+from maskwright.errors import BackboneMismatch
 from maskwright.toolkit.decoders import transformer
 from maskwright.toolkit.interception import intercepted
 
@@ -218,3 +219,15 @@ def test_dropout_is_the_modules_own(network):
         torch.manual_seed(3)
         with intercepted(network, plain):
             assert torch.equal(network(x), expected)
+
+
+def test_gradient_checkpointing_is_refused_in_training_only():
+    vit = vision_transformer(image_size=8, patch_size=4, width=WIDTH, depth=2, heads=HEADS)
+    vit.gradient_checkpointing_enable()
+    pixels, calls = torch.randn(2, 3, 8, 8, generator=generator()), []
+    with pytest.raises(BackboneMismatch, match="gradient_checkpointing_disable"):
+        with intercepted(vit.train(), plain):
+            vit(pixels)
+    with intercepted(vit.eval(), lambda call: calls.append(call) or call.attend()):
+        vit(pixels)
+    assert len(calls) == 2

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from maskwright.errors import BackboneMismatch
+
 
 @attrs.frozen(eq=False)
 class AttentionCall:
@@ -78,8 +80,9 @@ def intercepted(module: nn.Module, visit: Visit) -> Iterator[None]:
 
     Seen are `torch.nn.functional.scaled_dot_product_attention`, whoever calls it, and `nn.MultiheadAttention` (with
     `nn.TransformerEncoderLayer` and its like) unless it is asked for its weights, pads keys or appends to them. Attention that a
-    model computes from its own softmax, as transformers' "eager" does, and what gradient checkpointing computes again are not
-    seen. `visit` runs outside of the interception.
+    model computes from its own softmax, as transformers' "eager" does, is not seen. `visit` runs outside of the interception.
+    Raises `BackboneMismatch` under gradient checkpointing, which would compute attention again, and plainly, when the context
+    is left.
     """
     running: list[tuple[str, bool, Tensor | None]] = []
     counts: Counter[str] = Counter()
@@ -99,6 +102,11 @@ def intercepted(module: nn.Module, visit: Visit) -> Iterator[None]:
         running.pop()
 
     named = dict(module.named_modules())
+    if any(one.training and getattr(one, "gradient_checkpointing", False) for one in named.values()):
+        raise BackboneMismatch(
+            f"{type(module).__name__} uses gradient checkpointing, which computes attention a second time where it cannot be "
+            "changed; call gradient_checkpointing_disable() on the model."
+        )
     elements = {
         id(child) for one in named.values() if isinstance(one, nn.ModuleList | nn.Sequential) for child in one
     }
