@@ -252,7 +252,7 @@ pretrain = _job(
 
 prune = _job(
     "prune",
-    "Prune a causal language model of transformers to a budget; without arguments a small one that is trained first.\n\n"
+    "Prune a model of transformers (language model, image classifier, encoder) to a budget; without arguments a small one that is trained first.\n\n"
     "Perplexity is measured before and after. The run's folder gets model/, masks.safetensors and report.html.",
     "  maskwright prune --model ./llama --pruner magnitude --pattern 2:4\n"
     "  maskwright prune run.toml --sparsity 0.5",
