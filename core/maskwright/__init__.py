@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from maskwright.protocols import Signals as Signals
     from maskwright.protocols import SparsityReport as SparsityReport
     from maskwright.registry import Registry as Registry
+    from maskwright.registry import component as component
     from maskwright.registry import create as create
     from maskwright.registry import names as names
     from maskwright.settings import setting as setting
@@ -60,7 +61,7 @@ _HOMES = {
         ),
         *("PruneTask", "PruneResult", "SparsityReport", "SampleRequest", "Samples"),
     ),
-    "maskwright.registry": ("Registry",),
+    "maskwright.registry": ("Registry", "component"),
     "maskwright.settings": ("setting",),
     "maskwright.hookspecs": ("hookimpl",),
     "maskwright.backbones": ("adapt",),

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
@@ -1040,6 +1040,38 @@ def _describe_parameter(field: attrs.Attribute[Any]) -> Parameter:
     )
 
 
+def component(kind: str, default: Any = attrs.NOTHING, help: str = "") -> Any:
+    """An attrs field for a component inside a component.
+
+    It takes a registered name, a table with a `name` and that component's parameters, or a component that is made already, and
+    holds the component. Raises `BadParameter` for anything else, and what `Registry.create` raises.
+    """
+    metadata = {"help": help, "range": f"name of {_a(kind)}, or a table with a name", COMPONENT: kind}
+    return attrs.field(default=default, converter=partial(_made, kind), metadata=metadata)
+
+
+def _made(kind: str, given: Any) -> Any:
+    if isinstance(given, str):
+        return default().create(kind, given)
+    if isinstance(given, Mapping) and isinstance(given.get("name"), str):
+        return default().create(kind, **given)
+    if getattr(given, "kind", None) == kind and not isinstance(given, type):
+        return given
+    raise BadParameter(
+        f"{given!r} is no {kind}: give its name, a table with a `name` and its parameters, or one that create() made."
+    )
+
+
+COMPONENT = "component"
+"""Key in a field's metadata: the kind of the component that it holds."""
+
+
+def components_inside(component: type) -> dict[str, attrs.Attribute[Any]]:
+    """The fields of a component class that hold components, by parameter; `metadata[COMPONENT]` is the kind."""
+    fields = attrs.fields(component) if attrs.has(component) else ()
+    return {field.alias: field for field in fields if COMPONENT in field.metadata}
+
+
 def drift(described: Iterable[ComponentInfo], registered: Iterable[ComponentInfo]) -> list[str]:
     """Where a catalogue differs from what the plugin registers, a sentence each; nothing when they agree."""
     said = {(info.kind, info.name): info for info in described}
@@ -1184,6 +1216,8 @@ __all__ = [
     "PluginInfo",
     "Registry",
     "check_fit",
+    "component",
+    "components_inside",
     "counts_fit",
     "default",
     "describe_component",

@@ -203,6 +203,44 @@ def test_a_class_that_is_no_attrs_class_has_no_parameters(tmp_path):
         registry.create("mask-strategy", "plain", ratio=0.5)
 
 
+@attrs.frozen
+class Around:
+    kind, name = "mask-strategy", "around"
+    inner: object = module.component("mask-strategy", "random", "what is wrapped")
+
+
+def test_a_component_inside_is_given_by_name_by_table_or_made():
+    random = maskwright.create("mask-strategy", "random", ratio=0.25)
+    assert Around().inner == maskwright.create("mask-strategy", "random")
+    assert Around("block").inner == maskwright.create("mask-strategy", "block")
+    assert Around({"name": "random", "ratio": 0.25}).inner == random
+    assert Around(random).inner is random
+    described = describe_component(Around, PluginInfo("a", "a")).parameters
+    assert [(one.name, one.default, one.range) for one in described] == [
+        ("inner", "'random'", "name of a mask-strategy, or a table with a name")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (7, "7 is no mask-strategy: give its name"),
+        ({"ratio": 0.5}, "is no mask-strategy"),
+        (maskwright.create("objective", "simmim"), "is no mask-strategy"),
+        (type(maskwright.create("mask-strategy", "random")), "is no mask-strategy"),
+        ({"name": "random", "ratios": 0.5}, "Did you mean 'ratio'"),
+    ],
+)
+def test_what_is_no_component_inside_is_refused(given, said):
+    with pytest.raises(BadParameter, match=said):
+        Around(given)
+
+
+def test_an_unknown_component_inside_is_told_the_nearest():
+    with pytest.raises(UnknownComponent, match="'random'"):
+        Around("randon")
+
+
 def test_creating_loads_one_plugin_and_registers_it_with_pluggy(site: Site):
     site.good("quiet-one")
     site.good("never-asked", top="raise RuntimeError('imported')")
