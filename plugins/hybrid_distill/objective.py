@@ -64,6 +64,7 @@ class HybridDistill:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset({"teacher_features"})
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     default_strategy: ClassVar[str] = "progressive-redundant"
 
     mim_teacher: Any = setting(

@@ -107,6 +107,7 @@ class MixedAutoencoder:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset()
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     default_strategy: ClassVar[str] = "mix-assignment"
     exempt: ClassVar[dict[str, str]] = {
         "rows-move-with-the-batch": "an image is mixed with its neighbours in the batch"

@@ -121,7 +121,7 @@ class MaskedTokenOptimization:
     lambda_r: float = setting(0.1, "weight of the entropy of mask tokens' attention in late layers", ge=0)
 
     def __attrs_post_init__(self) -> None:
-        if self.inner.backbone != self.backbone:
+        if self.inner.backbone not in (self.backbone, "grid"):
             raise BadParameter(
                 f"mto: the objective {self.inner.name!r} works on a {self.inner.backbone!r} backbone, not on image patches; wrap "
                 f"one that has mask tokens among patches, {HAVE_MASK_TOKENS}."
@@ -136,6 +136,16 @@ class MaskedTokenOptimization:
     def provides(self) -> frozenset[str]:
         """Those of the wrapped objective."""
         return self.inner.provides
+
+    @property
+    def counts(self) -> str:
+        """As the wrapped objective has it."""
+        return str(getattr(self.inner, "counts", "any"))
+
+    @property
+    def disjoint_rows(self) -> int:
+        """As the wrapped objective has it."""
+        return int(getattr(self.inner, "disjoint_rows", 1))
 
     def bind(self, backbone: nn.Module) -> BoundMaskedTokenOptimization:
         """The wrapped objective, bound, and the layers that hold its mask tokens: found by running it on two noise images.
