@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,16 @@ from maskwright.plugins.cae.codes import PatchCodes
 from maskwright.plugins.cae.objective import BoundContextAutoencoder
 from maskwright.protocols import Step
 from maskwright.sources.images import ImageSource, load_images
+from maskwright.toolkit.decoders import initialize_linear
+from maskwright.toolkit.images import sincos_positions
 
-IMAGE, PATCH, CODES = 16, 2, 64
-STEPS, BATCH, RATE, WARMUP = 300, 32, 1e-3, 0.1
+IMAGE, PATCH, CODES, WIDTH, DEPTH = 16, 4, 32, 48, 3
+STEPS, BATCH, RATE, WARMUP = 350, 32, 1e-3, 0.1
 
 
 def blocks(batch: int, generator: torch.Generator) -> Mask:
-    """Half of the 8 × 8 patches hidden in blocks of at least 5, the paper's 16 of 196."""
-    strategy = maskwright.create("mask-strategy", "block", ratio=0.5, exact=True, min_block=5)
+    """Half of the patches hidden in blocks of at least 2, the paper's 16 of 196."""
+    strategy = maskwright.create("mask-strategy", "block", ratio=0.5, exact=True, min_block=2)
     side = IMAGE // PATCH
     return strategy.draw(Layout(batch, (side, side)), signals={}, progress=0.0, generator=generator)
 
@@ -34,12 +37,25 @@ def whole(source: ImageSource) -> Mapping[str, Tensor]:
     return source.batch(torch.arange(len(source)))
 
 
+@torch.no_grad()
+def as_in_the_code(vit: Any) -> Any:
+    """Fixed sine-cosine positions (none for the class token) and Xavier-uniform weights, as the official encoder begins."""
+    positions = sincos_positions(vit.config.hidden_size, (IMAGE // PATCH, IMAGE // PATCH))
+    vit.embeddings.position_embeddings.copy_(torch.nn.functional.pad(positions, (0, 0, 1, 0)))
+    vit.embeddings.position_embeddings.requires_grad_(False)
+    # The code's deviation of 0.02 is meant for the 768 values of its patches; these have 16.
+    torch.nn.init.xavier_uniform_(vit.embeddings.patch_embeddings.projection.weight.flatten(1))
+    return vit.apply(initialize_linear)
+
+
 def train(source: ImageSource, seed: int, weight: float) -> BoundContextAutoencoder:
     """A small ViT pretrained by cae; the same seed has the same weights, images and masks under every λ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = vision_transformer(
-            image_size=IMAGE, patch_size=PATCH, channels=1, width=64, depth=4, seed=seed
+        vit = as_in_the_code(
+            vision_transformer(
+                image_size=IMAGE, patch_size=PATCH, channels=1, width=WIDTH, depth=DEPTH, seed=seed
+            )
         )
         images = whole(source.evaluation("train"))["pixels"]
         tokenizer = PatchCodes.fit(images, PATCH, CODES, torch.Generator().manual_seed(seed))
@@ -109,3 +125,32 @@ def measure(seed: int) -> Mapping[str, float]:
         found = latents(bound, source) | probes(bound, source)
         numbers |= {f"λ = {weight:g}: {name}": value for name, value in found.items()}
     return numbers
+
+
+def decide(measurements: Sequence[Mapping[str, float]]) -> bool:
+    """The criterion in code."""
+
+    def foretells(one: Mapping[str, float]) -> bool:
+        error = {weight: one[f"λ = {weight}: latent error / variance"] for weight in (2, 0)}
+        variance = {weight: one[f"λ = {weight}: variance of the latents"] for weight in (2, 0)}
+        return error[2] < 1 and error[2] < error[0] / 2 and variance[2] > variance[0] / 10
+
+    linear = {w: [one[f"λ = {w}: linear accuracy"] for one in measurements] for w in (2, 0)}
+    return all(map(foretells, measurements)) and sum(linear[2]) >= sum(linear[0])
+
+
+CLAIM = Claim(
+    statement="the alignment makes the regressed latents of hidden patches those that the encoder computes from them, on images never "
+    "seen, without collapse and without loss to the features",
+    baseline="λ = 0 with the same weights, images and masks; beside it what a predictor says that looks at nothing, the mean of the "
+    "latents at each place",
+    criterion="in every seed: the squared latent error is below the variance of the latents, and below half of that share with "
+    "λ = 0; the variance is above a tenth of that with λ = 0; and the mean linear accuracy is at least that with λ = 0",
+    measure=measure,
+    decide=decide,
+    paper="ViT-B/16 on ImageNet, 300 / 800 / 1600 epochs: linear 64.5 / 68.9 / 70.3 %, attentive 74.0 / 75.9 / 77.2 %, fine-tuned "
+    "83.6 / 83.8 / 83.9 %; MAE, 1600 epochs: 67.8 / 74.2 / 83.6 %",
+    note="ViT of width 48 and depth 3, regressor and decoder of 2 blocks, 1,437 digits of 16 px in patches of 4 px, 32 codes by k-means "
+    "for the tokenizer, 350 steps of 32. Sizes, initialisation and rate were chosen after looks at seed 8, where smaller patches "
+    "let the latents collapse within these few steps",
+)
