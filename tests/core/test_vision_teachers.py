@@ -212,6 +212,8 @@ def test_what_cannot_teach_is_refused(tmp_path):
         VisionTeacher(made("ViT"), student(channels=1))
     with pytest.raises(BadParameter, match="'clip'"):
         VisionTeacher(made("ViT"), student(), normalization="openai")
+    with pytest.raises(BadParameter, match="three colours, the images have 1"):
+        VisionTeacher(made("ViT", num_channels=1), student(channels=1), normalization="clip")
 
 
 def test_a_grid_that_the_teacher_cannot_see_gives_one_error():

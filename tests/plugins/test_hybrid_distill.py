@@ -446,7 +446,7 @@ def test_no_weight_on_features_is_relation_distillation():
     one = HybridDistill(beta=0.0, mim_teacher=vit(seed=7), layers=(-2,)).bind(vit())
     loss = one(batch(), everything())
     assert set(loss.parts) == {"relations"}
-    assert float(loss.total) == float(loss.parts["relations"])
+    assert loss.total.item() == loss.parts["relations"].item()
     assert one.feature_teacher is None
     assert one.signals(batch())["teacher_features"].shape == (3, 16, 3, 16)
 
@@ -461,8 +461,8 @@ def test_both_weights_scale_their_terms():
     parts = bound()(batch(), everything()).parts
     scaled = bound(alpha=3.0, beta=0.25)
     scaled.load_state_dict(bound().state_dict())
-    relations = float(scaled(batch(), everything()).parts["relations"])
-    assert relations == pytest.approx(3 * float(parts["relations"]), rel=1e-5)
+    relations = scaled(batch(), everything()).parts["relations"].item()
+    assert relations == pytest.approx(3 * parts["relations"].item(), rel=1e-5)
 
 
 def test_the_signal_is_what_the_feature_teacher_makes_of_each_third_of_its_depth():

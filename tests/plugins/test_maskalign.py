@@ -1,6 +1,7 @@
 """MaskAlign: the law of the draw, the mixture before the head, the whitened target, gradients, the teacher's isolation."""
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import maskwright
 from maskwright import Layout, Mask
 from maskwright.backbones.defaults import vision_transformer
-from maskwright.errors import BackboneMismatch, BadModel, BadParameter, MissingSignal
+from maskwright.errors import BackboneMismatch, BadModel, BadParameter, CheckpointError, MissingSignal
+from maskwright.jobs import execute
+from maskwright.jobs.settings import resolve
 from maskwright.plugins.maskalign.masks import Attentive, draw_without_replacement
 from maskwright.plugins.maskalign.objective import MaskAlign, initial_mixture, smooth_l1, whiten
 from maskwright.testing import conformance
@@ -308,6 +311,44 @@ def test_it_learns_under_other_masks_and_its_masks_need_its_signal():
         assert torch.isfinite(model(**batch())["loss"])
     with pytest.raises(MissingSignal, match=r"'attention'.*maskalign"):
         maskwright.MaskedTraining(vit, Attentive(), maskwright.create("objective", "mae"))
+
+
+def test_other_papers_objectives_train_under_its_masks_with_its_signal():
+    vit = vision_transformer(width=16, depth=3, seed=1, **TINY)
+    signals = bound().signals(batch())
+    drawn = Attentive().draw(
+        Layout(3, (4, 4), patch_size=4), signals=signals, progress=0, generator=torch.Generator()
+    )
+    for name in ("mae", "simmim", "cae"):
+        loss = maskwright.create("objective", name).bind(vit)(batch(), drawn)
+        loss.total.backward()
+        assert torch.isfinite(loss.total)
+
+
+RUN = {
+    "objective": {"name": "maskalign", "levels": 1},
+    "data": {"size": 16},
+    "model": {"width": 16, "depth": 1, "heads": 2},
+    "run": {"steps": 3, "batch_size": 8, "save_every": 2},
+}
+
+
+def test_a_job_reads_its_teacher_and_does_not_go_on_with_another(tmp_path):
+    def run(folder, **more):
+        given = {**RUN, "objective": {**RUN["objective"], "teacher": str(folder)}}
+        return execute(resolve("pretrain", None, given), folder=tmp_path / "run", quiet=True, **more)
+
+    teacher(depth=1).save_pretrained(tmp_path / "teacher")
+    summary = run(tmp_path / "teacher").summary
+    assert summary["strategy"] == "attentive"
+    saved = safetensors.torch.load_file(next((tmp_path / "run" / "checkpoint").glob("*.safetensors")))
+    assert not any(tensor.shape == (24, 3, 4, 4) for tensor in saved.values())
+    other = vision_transformer(width=24, depth=1, seed=8, **TINY)
+    other.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(CheckpointError, match="not the one that this checkpoint was trained with"):
+        run(tmp_path / "teacher", resume=True)
+    with pytest.raises(BadParameter, match=r"objective\.teacher=\./clip-vit"):
+        execute(resolve("pretrain", None, RUN), folder=tmp_path / "none", quiet=True)
 
 
 @pytest.mark.parametrize(

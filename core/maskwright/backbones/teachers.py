@@ -215,6 +215,11 @@ class VisionTeacher(nn.Module):
         return knows and self.size != (own if isinstance(own, list | tuple) else (own, own))
 
     def _set_normalization(self, name: str) -> None:
+        if name != "imagenet" and self.channels != 3:
+            raise BadParameter(
+                f"normalization={name!r} is of three colours, the images have {self.channels} channels; leave it at 'imagenet', which "
+                "changes nothing."
+            )
         mean, deviation = NORMALIZATIONS[name]
         scale = [old / new for old, new in zip(IMAGENET[1], deviation)]
         shift = [(old - new) / by for old, new, by in zip(IMAGENET[0], mean, deviation)]
