@@ -15,6 +15,7 @@ from maskwright.jobs import models
 from maskwright.jobs.export import check_exportable, export
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings
+from maskwright.jobs.streaming import prune_streamed
 from maskwright.jobs.workloads import Workload, of_folder, workload
 from maskwright.mask import Mask, load_masks
 from maskwright.protocols import Batch, Budget, Expert, Pruner, PruneTask, Step
@@ -64,6 +65,8 @@ def prune(run: Run) -> Result:
             "Python with a PruneTask that brings it as extras."
         )
     rule = rule_of(settings)
+    if settings.model.stream:
+        return prune_streamed(run, pruner, budget, rule, _beside(Path(settings.model.source)))
     _check_default(run, pruner, budget, rule)
     work = workload(run)
     network = work.network

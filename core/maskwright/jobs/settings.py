@@ -77,6 +77,9 @@ class ModelSection:
     patch_size: int | None = setting(
         None, "pixels a side of the default model's patches", ge=1, optional=True
     )
+    stream: bool | None = setting(
+        None, "prune a model folder block by block, one in memory at a time", optional=True
+    )
 
 
 @attrs.frozen
@@ -209,9 +212,10 @@ _CLASSES: dict[str, type] = {
 _TRAINING = tuple(
     field.name for field in attrs.fields(RunSection) if field.name not in ("calibration", "clients")
 )
+_MADE = tuple(field.name for field in attrs.fields(ModelSection) if field.name != "stream")
 
 JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
-    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": None, "data": None},
+    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": _MADE, "data": None},
     "prune": {
         "run": ("job", "seed", "batch_size", "calibration", "clients", "log_every", "save_every"),
         "pruner": None,
@@ -222,7 +226,7 @@ JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "model": None,
         "data": None,
     },
-    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": None, "data": None},
+    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": _MADE, "data": None},
 }
 """Sections of each job, with their legal keys where these are not all that the section has."""
 
@@ -459,6 +463,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
     "tuple[float, ...]": ((list, tuple), "a list of numbers"),
     "tuple[str, ...]": ((list, tuple), "a list of texts"),
 }
@@ -470,7 +475,7 @@ def _check_type(where: str, field: attrs.Attribute[Any], value: Any) -> None:
     listed = not isinstance(value, list | tuple) or all(
         isinstance(item, inside) and not isinstance(item, bool) for item in value
     )
-    if isinstance(value, bool) or not isinstance(value, kinds) or not listed:
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds) or not listed:
         raise BadRunFile(f"{where} must be {words}, not {value!r}.")
 
 
