@@ -48,6 +48,7 @@ class CrossViewCompletion:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels", "pixels_other_view"})
     provides: ClassVar[frozenset[str]] = frozenset()
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     default_strategy: ClassVar[dict[str, Any]] = {"name": "random", "ratio": 0.9, "truncated": "hidden"}
     example_parameters: ClassVar[dict[str, int]] = {
         "decoder_width": 16,
