@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -458,7 +459,7 @@ def test_a_pruner_that_needs_more_than_text_is_refused(tmp_path, text, llama):
         kind = "pruner"
         name = "merging"
         modalities = frozenset({"text"})
-        needs = frozenset({"batches", "experts"})
+        needs = frozenset({"batches", "teacher"})
         budgets = frozenset({"sparsity"})
         changes_weights = True
 
@@ -466,8 +467,100 @@ def test_a_pruner_that_needs_more_than_text_is_refused(tmp_path, text, llama):
             raise AssertionError
 
     settings = resolve("prune", None, {"pruner.name": "merging"}, registry=registry)
-    with pytest.raises(UsageError, match="'merging' needs experts, which this job does not have"):
+    with pytest.raises(UsageError, match="'merging' needs teacher, which this job does not have"):
         execute(settings, folder=tmp_path / "run", registry=registry, quiet=True)
+
+
+class Asks:
+    """Keeps everything, and remembers what it was given."""
+
+    kind = "pruner"
+    name = "asks"
+    modalities = frozenset({"text"})
+    needs = frozenset({"experts", "clients"})
+    budgets = frozenset()
+    changes_weights = False
+    seen = None
+
+    def prune(self, model, task):
+        type(self).seen = (
+            task.extras,
+            {name: one.score(model) for name, one in task.extras["experts"].items() if one.score is not None},
+        )
+        masks = {
+            weight.name: weight.mask(torch.ones(weight.shape, dtype=torch.bool))
+            for weight in prunable_weights(model, task.prunable)
+        }
+        return PruneResult(model, masks, SparsityReport.of(masks))
+
+
+def test_experts_and_clients_come_from_the_run_file(tmp_path, text, llama):
+    registry = Registry(third_party=False)
+    registry.register(Asks)
+    tuned = tmp_path / "tuned"
+    shutil.copytree(llama, tuned)
+    tensors = load_file(tuned / "model.safetensors")
+    save_file(
+        {name: one + 0.5 for name, one in tensors.items()}, tuned / "model.safetensors", {"format": "pt"}
+    )
+    changes = {
+        **{
+            "pruner.name": "asks",
+            "model.source": str(llama),
+            "data.source": str(text),
+            "data.length": LENGTH,
+        },
+        **{"run.clients": 3, "run.batch_size": 8},
+        **{
+            "experts.tuned.model": str(tuned),
+            "experts.tuned.data": str(text),
+            "experts.same.model": str(llama),
+        },
+    }
+    settings = resolve("prune", None, changes, registry=registry)
+    again = tmp_path / "run.toml"
+    again.write_text(settings.toml())
+    assert resolve("prune", again, registry=registry).experts == settings.experts
+    result = execute(settings, folder=tmp_path / "run", registry=registry, quiet=True)
+    extras, scores = Asks.seen
+    assert set(extras["experts"]) == {"tuned", "same"}
+    assert scores == {"tuned": pytest.approx(-result.summary["quality"]["before"])}, (
+        "it has data; same has none"
+    )
+    moved = extras["experts"]["tuned"].state["model.norm.weight"] - tensors["model.norm.weight"]
+    assert torch.allclose(moved, torch.full_like(moved, 0.5))
+    rows = [
+        {tuple(row) for batch in client for row in batch["tokens"].tolist()} for client in extras["clients"]
+    ]
+    assert len(rows) == 3
+    assert len(rows[0] | rows[1] | rows[2]) == sum(map(len, rows)), "no sample is with two clients"
+    sizes = [sum(len(batch["tokens"]) for batch in client) for client in extras["clients"]]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_experts_that_are_missing_or_of_another_architecture_are_told(tmp_path, text, llama):
+    registry = Registry(third_party=False)
+    registry.register(Asks)
+    changes = {
+        "pruner.name": "asks",
+        "model.source": str(llama),
+        "data.source": str(text),
+        "data.length": LENGTH,
+    }
+
+    def failed(**more):
+        settings = resolve("prune", None, {**changes, **more}, registry=registry)
+        folder = tmp_path / str(len(more))
+        execute(settings, folder=folder, registry=registry, quiet=True)
+
+    with pytest.raises(UsageError, match=r"name them with --set experts\.NAME\.model=FOLDER"):
+        failed()
+    other = causal_language_model(vocabulary=300, length=32, width=16, depth=1, heads=2)
+    saved_model(tmp_path / "other", text, model=other)
+    with pytest.raises(BadModel, match=r"'wide' in .* is of another architecture"):
+        failed(**{"experts.wide.model": str(tmp_path / "other")})
+    with pytest.raises(BadRunFile, match="wide must have a `model`, a folder"):
+        failed(**{"experts.wide.folder": "x"})
 
 
 class ShiftsSomeRows:

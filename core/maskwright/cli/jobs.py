@@ -76,6 +76,13 @@ SHORTCUTS: dict[str, list[tuple[str, click.Option]]] = {
         _option("budget.bits", "--bits", type=float, metavar="X", help="Mean bits a weight."),
         _option("budget.layers", "--layers", type=int, metavar="N", help="Layers kept."),
         _option(
+            "model.stream",
+            "--stream",
+            is_flag=True,
+            default=None,
+            help="Read and prune the model block by block: for models larger than memory.",
+        ),
+        _option(
             "output.export",
             "--export",
             metavar="FORMAT",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,20 @@ import attrs
 from torch import Tensor, nn
 
 from maskwright.backbones.defaults import causal_language_model
-from maskwright.errors import OutputError, UsageError
+from maskwright.errors import BadModel, OutputError, UsageError
 from maskwright.jobs import models
 from maskwright.jobs.export import check_exportable, export
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings
-from maskwright.jobs.workloads import Workload, workload
+from maskwright.jobs.streaming import prune_streamed
+from maskwright.jobs.workloads import Workload, of_folder, workload
 from maskwright.mask import Mask, load_masks
-from maskwright.protocols import Batch, Budget, Pruner, PruneTask, Step
+from maskwright.protocols import Batch, Budget, Expert, Pruner, PruneTask, Step
 from maskwright.toolkit.patterns import check_budget, refuse_budget
 from maskwright.toolkit.prunable import Rule, Weight, prunable_weights
 from maskwright.toolkit.sizes import dense_bytes, packed_bytes
 
-GIVEN = frozenset({"batches", "loss"})
+GIVEN = frozenset({"batches", "loss", "experts", "clients"})
 """What this job's task brings, of what a pruner may need."""
 
 _BESIDE = (
@@ -64,6 +65,8 @@ def prune(run: Run) -> Result:
             "Python with a PruneTask that brings it as extras."
         )
     rule = rule_of(settings)
+    if settings.model.stream:
+        return prune_streamed(run, pruner, budget, rule, _beside(Path(settings.model.source)))
     _check_default(run, pruner, budget, rule)
     work = workload(run)
     network = work.network
@@ -81,6 +84,7 @@ def prune(run: Run) -> Result:
         generator=run.generator(1),
         accelerator=run.accelerator,
         prunable=rule,
+        extras=_extras(run, pruner, work),
         run=run,
         work=work,
     )
@@ -131,6 +135,67 @@ def rule_of(settings: Settings) -> Rule:
     """What [prunable] says, the rest as the rule has it."""
     given = attrs.asdict(settings.require("prunable"), filter=lambda _, value: value is not None)
     return Rule(**{name: tuple(value) for name, value in given.items()})
+
+
+def _extras(run: Run, pruner: Pruner, work: Workload) -> dict[str, Any]:
+    """What the pruner needs beside batches and a loss."""
+    extras: dict[str, Any] = {}
+    if "experts" in pruner.needs:
+        extras["experts"] = experts(run, work)
+    if "clients" in pruner.needs:
+        extras["clients"] = clients(run, work)
+    return extras
+
+
+def experts(run: Run, work: Workload) -> dict[str, Expert]:
+    """The fine-tuned models that [experts] names, by name; each is scored on its own data, where these are named.
+
+    Raises `UsageError` when there are none, and `BadModel` for one that is not of the pruned model's architecture.
+    """
+    named = run.settings.experts or {}
+    if not named:
+        raise UsageError(
+            "This pruner needs experts, models fine-tuned from the one that is pruned: name them with "
+            "--set experts.NAME.model=FOLDER and, where they are to be measured, --set experts.NAME.data=FOLDER."
+        )
+    shapes = {name: one.shape for name, one in work.network.state_dict().items()}
+    found = {}
+    for name, entry in named.items():
+        folder = Path(entry["model"])
+        data = attrs.evolve(run.settings.data, source=entry.get("data", run.settings.data.source))
+        own = of_folder(folder, data, run.seed)
+        state = {key: value.detach() for key, value in own.network.state_dict().items()}
+        other = next((key for key in shapes if key not in state or state[key].shape != shapes[key]), None)
+        if other is not None:
+            raise BadModel(
+                f"The expert {name!r} in {folder} is of another architecture than the pruned model: {other} differs."
+            )
+        found[name] = Expert(state, _score(own, run) if "data" in entry else None)
+    return found
+
+
+def _score(work: Workload, run: Run) -> Callable[[nn.Module], float]:
+    """Higher is better: a perplexity counts negative."""
+    sign = 1 if work.better == "higher" else -1
+    return lambda model: sign * work.quality(model, run)
+
+
+def clients(run: Run, work: Workload) -> list[list[Batch]]:
+    """The training data in `run.clients` equal parts that share no sample, each in batches."""
+    count = run.settings.run.clients or 10
+    order = work.source.order(0)
+    if len(order) < count:
+        raise UsageError(
+            f"run.clients={count} is more than the {len(order)} training samples; ask for fewer clients."
+        )
+    size = run.settings.run.batch_size or 8
+    return [
+        [
+            {name: column.to(run.device) for name, column in work.batch(part).items()}
+            for part in share.split(size)
+        ]
+        for share in order.tensor_split(count)
+    ]
 
 
 def _check_default(run: Run, pruner: Pruner, budget: Budget | None, rule: Rule) -> None:

@@ -182,39 +182,47 @@ class Number:
 
 def render(run: Run) -> str:
     """The page as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     from maskwright import __version__
 
-    environment = Environment(
+    specific = {"pretrain": _pretrain, "prune": _prune, "sample": _sample}.get(run.job, _plain)
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            {
+                "run": run,
+                "title": _title(run),
+                "state": _state(run),
+                "again": f"maskwright {run.job} run.toml" if run.settings and run.job != "run" else "",
+                "settings": list(flat(run.settings)),
+                "results": list(flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
+                "version": __version__,
+                "numbers": [],
+                "rows": [],
+                "charts": [],
+                "corners": [],
+                "texts": [],
+                "texts_title": "Samples",
+                "sizes": [],
+                "labels": _labels(run),
+                "skipped": _skipped(run)[:SKIPPED_SHOWN],
+                "skipped_count": len(_skipped(run)),
+                **specific(run),
+            }
+        )
+    )
+
+
+def environment() -> Any:
+    """The templates of the pages."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
         loader=PackageLoader("maskwright.jobs"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    specific = {"pretrain": _pretrain, "prune": _prune, "sample": _sample}.get(run.job, _plain)
-    return environment.get_template("report.html.j2").render(
-        {
-            "run": run,
-            "title": _title(run),
-            "state": _state(run),
-            "again": f"maskwright {run.job} run.toml" if run.settings and run.job != "run" else "",
-            "settings": list(_flat(run.settings)),
-            "results": list(_flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
-            "version": __version__,
-            "numbers": [],
-            "rows": [],
-            "charts": [],
-            "corners": [],
-            "texts": [],
-            "texts_title": "Samples",
-            "sizes": [],
-            "labels": _labels(run),
-            "skipped": _skipped(run)[:SKIPPED_SHOWN],
-            "skipped_count": len(_skipped(run)),
-            **specific(run),
-        }
     )
 
 
@@ -264,7 +272,8 @@ def _find(settings: Mapping[str, Any], key: str) -> Any:
     return next((value for name, value in leaves(settings) if name.rpartition(".")[2] == key), None)
 
 
-def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def flat(table: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Dotted names and values of nested tables, for readers."""
     for name, value in leaves(table):
         yield name, say(value)
 
@@ -448,7 +457,6 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
     budget = run.summary.get("budget")
     asked = budget.get("sparsity") if isinstance(budget, Mapping) else None
     line = asked if _is_number(asked) else None
-    image, small = (pictures.bars(names, removed, reference=line, width=width) for width in (8.5, 4.15))
     low, high = (
         min(range(len(removed)), key=removed.__getitem__),
         max(range(len(removed)), key=removed.__getitem__),
@@ -457,8 +465,12 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
         f"{title}: least {share(removed[low])} in {names[low]}, most {share(removed[high])} in {names[high]}."
     )
     caption = f"Dashed: the {share(asked)} that was asked." if _is_number(asked) else ""
-    drawn = _png_figure(image, alt, title=title, caption=caption)
-    return attrs.evolve(drawn, narrow=_data_uri(small))
+    return figure_of(
+        lambda width: pictures.bars(names, removed, reference=line, width=width),
+        alt,
+        title=title,
+        caption=caption,
+    )
 
 
 def _training_charts(run: Run) -> list[Figure]:
@@ -604,6 +616,12 @@ def _words(name: str) -> str:
 def figure(image: Image.Image, alt: str, *, caption: str = "", title: str = "") -> Figure:
     """A picture as a data URI."""
     return _png_figure(pictures.png(image), alt, caption=caption, title=title)
+
+
+def figure_of(draw: Callable[[float], bytes], alt: str, *, title: str, caption: str = "") -> Figure:
+    """A chart that `draw(inches)` makes as a PNG, wide for a desk and narrow for a phone."""
+    drawn = _png_figure(draw(8.5), alt, title=title, caption=caption)
+    return attrs.evolve(drawn, narrow=_data_uri(draw(4.15)))
 
 
 def _png_figure(data: bytes, alt: str, *, caption: str = "", title: str = "", wide: bool = True) -> Figure:

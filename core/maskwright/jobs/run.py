@@ -364,7 +364,7 @@ class Run:
                 raise CheckpointError(f"There is no run to resume: {path} is no folder.")
         else:
             with self._writing(Path(folder) if folder is not None else RUNS):
-                path = _numbered(self.job) if folder is None else _empty(Path(folder))
+                path = numbered(self.job) if folder is None else _empty(Path(folder))
         self._exit.callback(_lock(path))
         refuse_pickles(path / "checkpoint")
         latest = self._latest(path)
@@ -628,7 +628,7 @@ def _accelerator() -> Any:
     return Accelerator(cpu=grouped)
 
 
-def _numbered(job: str) -> Path:
+def numbered(job: str) -> Path:
     """A new folder runs/<job>-<n>, also when several runs begin at the same time."""
     RUNS.mkdir(parents=True, exist_ok=True)
     taken = [path.name.removeprefix(f"{job}-") for path in RUNS.glob(f"{job}-*")]
@@ -701,4 +701,4 @@ def _save_model(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-__all__ = ["RUNS", "Result", "Run"]
+__all__ = ["RUNS", "Result", "Run", "numbered"]

@@ -35,7 +35,10 @@ class RunSection:
     log_every: int | None = setting(None, "steps between lines of metrics.jsonl", ge=1, optional=True)
     save_every: int | None = setting(None, "steps between checkpoints", ge=1, optional=True)
     calibration: int | None = setting(
-        None, "sequences on which a pruner measures a layer's inputs", ge=1, optional=True
+        None, "samples on which a pruner measures a layer's inputs", ge=1, optional=True
+    )
+    clients: int | None = setting(
+        None, "parts of the data, for pruners that need clients", ge=1, optional=True
     )
 
 
@@ -73,6 +76,9 @@ class ModelSection:
     heads: int | None = setting(None, "attention heads of the default model", ge=1, optional=True)
     patch_size: int | None = setting(
         None, "pixels a side of the default model's patches", ge=1, optional=True
+    )
+    stream: bool | None = setting(
+        None, "prune a model folder block by block, one in memory at a time", optional=True
     )
 
 
@@ -136,6 +142,7 @@ class Settings:
     pruner: ComponentSection | None = None
     budget: Mapping[str, Any] | None = None
     prunable: PrunableSection | None = None
+    experts: Mapping[str, Mapping[str, str]] | None = None
     output: OutputSection | None = None
     sampler: ComponentSection | None = None
     request: RequestSection | None = None
@@ -148,7 +155,8 @@ class Settings:
             if isinstance(section, ComponentSection):
                 tables[field.name] = {"name": section.name, **section.params}
             elif isinstance(section, Mapping):
-                tables[field.name] = dict(section)
+                if section:
+                    tables[field.name] = dict(section)
             elif section is not None:
                 tables[field.name] = attrs.asdict(section, filter=lambda _, value: value is not None)
         return tables
@@ -195,20 +203,24 @@ _CLASSES: dict[str, type] = {
     "output": OutputSection,
     "request": RequestSection,
 }
-_TRAINING = tuple(field.name for field in attrs.fields(RunSection) if field.name != "calibration")
+_TRAINING = tuple(
+    field.name for field in attrs.fields(RunSection) if field.name not in ("calibration", "clients")
+)
+_MADE = tuple(field.name for field in attrs.fields(ModelSection) if field.name != "stream")
 
 JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
-    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": None, "data": None},
+    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": _MADE, "data": None},
     "prune": {
-        "run": ("job", "seed", "batch_size", "calibration", "log_every", "save_every"),
+        "run": ("job", "seed", "batch_size", "calibration", "clients", "log_every", "save_every"),
         "pruner": None,
         "budget": tuple(BUDGETS),
         "prunable": None,
+        "experts": None,
         "output": None,
         "model": None,
         "data": None,
     },
-    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": None, "data": None},
+    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": _MADE, "data": None},
 }
 """Sections of each job, with their legal keys where these are not all that the section has."""
 
@@ -415,6 +427,9 @@ def _check(job: str, tables: Mapping[str, Any], origin: str) -> None:
             if not isinstance(table.get("name", ""), str):
                 raise BadRunFile(f"{origin}, [{name}]: name must be a text, not {table['name']!r}.")
             continue
+        if name == "experts":
+            _check_experts(table, origin)
+            continue
         legal = sections[name] or tuple(field.name for field in attrs.fields(_CLASSES[name]))
         for key, value in table.items():
             if key not in legal:
@@ -429,10 +444,20 @@ def _check(job: str, tables: Mapping[str, Any], origin: str) -> None:
         )
 
 
+def _check_experts(table: Mapping[str, Any], origin: str) -> None:
+    for name, entry in table.items():
+        fine = isinstance(entry, Mapping) and "model" in entry and set(entry) <= {"model", "data"}
+        if not fine or not all(isinstance(value, str) for value in entry.values()):
+            raise BadRunFile(
+                f"{origin}, [experts]: {name} must have a `model`, a folder, and may have `data`, not {entry!r}."
+            )
+
+
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
     "tuple[float, ...]": ((list, tuple), "a list of numbers"),
     "tuple[str, ...]": ((list, tuple), "a list of texts"),
 }
@@ -444,7 +469,7 @@ def _check_type(where: str, field: attrs.Attribute[Any], value: Any) -> None:
     listed = not isinstance(value, list | tuple) or all(
         isinstance(item, inside) and not isinstance(item, bool) for item in value
     )
-    if isinstance(value, bool) or not isinstance(value, kinds) or not listed:
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds) or not listed:
         raise BadRunFile(f"{where} must be {words}, not {value!r}.")
 
 
@@ -464,6 +489,11 @@ def _build(job: str, tables: dict[str, Table]) -> Settings:
                 raise BadRunFile(
                     f"[{name}] {str(error).removeprefix(_CLASSES[name].__name__ + ': ')}"
                 ) from None
+        elif name == "experts":
+            sections[name] = {
+                expert: {key: _absolute(value) for key, value in entry.items()}
+                for expert, entry in table.items()
+            }
         else:
             sections[name] = dict(table)
     settings = Settings(**sections)

@@ -22,6 +22,7 @@ from maskwright.errors import BadData, BadModel, NumericalError
 from maskwright.jobs import models
 from maskwright.jobs.pretrain import embedded_language_model, spread_over
 from maskwright.jobs.run import Run
+from maskwright.jobs.settings import DataSection
 from maskwright.protocols import Batch
 from maskwright.sources.images import ImageSource, load_images
 from maskwright.sources.text import EOS, TextSource, load_text
@@ -110,24 +111,30 @@ def workload(run: Run) -> Workload:
         trained = embedded_language_model(run)
         assert isinstance(trained.source, TextSource)
         return causal_text(trained.network, trained.source)
-    folder = Path(section.source)
+    return of_folder(Path(section.source), run.settings.data, run.seed)
+
+
+def of_folder(folder: Path, data: DataSection, seed: int) -> Workload:
+    """The model of a folder on these data. Raises what `workload` raises."""
     config = models.read_config(folder)
     names = config.get("architectures") or [f"{config['model_type']} model"]
     if models.is_causal(config):
         network = models.read_model(folder, "AutoModelForCausalLM", dtype="auto")
-        return causal_text(network, _text(run, network, config))
+        return causal_text(network, readable_text(folder, data, seed, network, config))
     if any(name.endswith("ForMaskedLM") for name in names):
         network = models.read_model(folder, "AutoModelForMaskedLM", dtype="auto")
-        return masked_text(network, _text(run, network, config), folder, run)
+        return masked_text(network, readable_text(folder, data, seed, network, config), folder)
     if any(name.endswith("ForImageClassification") for name in names):
         network = models.read_model(folder, "AutoModelForImageClassification", dtype="auto")
-        return classified_images(network, _images(run, folder, config), folder)
+        return classified_images(network, _images(folder, data, seed, config), folder)
     if any(name.endswith("Model") for name in names):
         network = models.read_model(folder, "AutoModel", dtype="auto")
         if "vocab_size" in config:
-            return embedded(network, _text(run, network, config, room=2), _wrapped(folder))
+            return embedded(
+                network, readable_text(folder, data, seed, network, config, room=2), _wrapped(folder)
+            )
         if "num_channels" in config:
-            images = _images(run, folder, config)
+            images = _images(folder, data, seed, config)
             return embedded(network, images, _renormalized(images, folder))
     raise BadModel(
         f"The model in {folder} is a {', '.join(names)}; this job measures language models, image classifiers, and encoders of text "
@@ -156,7 +163,7 @@ def next_token_nats(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(logits.mT, batch["tokens"][:, 1:], reduction="none").mean(1)
 
 
-def masked_text(network: Any, source: TextSource, folder: Path, run: Run) -> Workload:
+def masked_text(network: Any, source: TextSource, folder: Path) -> Workload:
     """A masked language model: 15 % of the tokens are hidden, by position and sequence only, and it is asked for them."""
     token = network.config.mask_token_id if hasattr(network.config, "mask_token_id") else None
     token = token if token is not None else _token(folder, "[MASK]", "<mask>")
@@ -251,17 +258,18 @@ def embedding(model: nn.Module, batch: Batch) -> Tensor:
 # -- data ------------------------------------------------------------------------------------------------------------
 
 
-def _text(run: Run, network: Any, config: dict[str, Any], *, room: int = 0) -> TextSource:
-    """The run's text with the model's own tokenizer, `room` tokens shorter than the model takes."""
-    section, data = run.settings.model, run.settings.data
+def readable_text(
+    folder: Path, data: DataSection, seed: int, network: Any, config: dict[str, Any], *, room: int = 0
+) -> TextSource:
+    """The text with the model's own tokenizer, `room` tokens shorter than the model takes."""
     most = config.get("max_position_embeddings", config.get("n_positions"))
     length = data.length or min(128, most if isinstance(most, int) else 128)
     if isinstance(most, int) and length > most:
         raise BadModel(
-            f"The model in {section.source} takes {most} tokens, data.length={length}; set data.length to at most {most}."
+            f"The model in {folder} takes {most} tokens, data.length={length}; set data.length to at most {most}."
         )
-    tokenizer = models.tokenizer_of(section)
-    source = load_text(data.source, length=length - room, tokenizer=tokenizer, seed=run.seed)
+    tokenizer = models.tokenizer_in(folder)
+    source = load_text(data.source, length=length - room, tokenizer=tokenizer, seed=seed)
     return _readable(source, tokenizer, network)
 
 
@@ -314,14 +322,13 @@ def _token(folder: Path, *names: str) -> int | None:
     return next((found for name in names if (found := codec.token_to_id(name)) is not None), None)
 
 
-def _images(run: Run, folder: Path, config: dict[str, Any]) -> ImageSource:
-    source = run.settings.data.source
-    if source == "standard-library":
+def _images(folder: Path, data: DataSection, seed: int, config: dict[str, Any]) -> ImageSource:
+    if data.source == "standard-library":
         raise BadData(
             f"The model in {folder} takes images; set data.source to a folder of images, 'digits' or 'photographs'."
         )
-    size = run.settings.data.size or models.image_size(run.settings.model) or 224
-    return load_images(source, size=size, channels=int(config.get("num_channels", 3)), seed=run.seed)
+    size = data.size or models.size_in(config) or 224
+    return load_images(data.source, size=size, channels=int(config.get("num_channels", 3)), seed=seed)
 
 
 def _renormalized(source: ImageSource, folder: Path) -> Callable[[Batch], Batch]:
