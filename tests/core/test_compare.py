@@ -174,13 +174,18 @@ def test_runs_of_different_kinds_have_tables_of_their_own(tmp_path):
     pruned = run_folder(
         tmp_path / "p",
         settings='[run]\njob = "prune"\n[pruner]\nname = "wanda"\n[budget]\npattern = "2:4"\n',
-        summary={"job": "prune", "finished": True, "perplexity_before": 20.0, "perplexity_after": 31.5},
+        summary={
+            "job": "prune",
+            "finished": True,
+            "quality": {"measure": "perplexity", "before": 20.0, "after": 31.5},
+        },
     )
     save_masks(pruned / "masks.safetensors", {"layer.weight": Mask(torch.rand(8, 8) < 0.5)})
     page = page_of(pretrained(tmp_path / "a"), pruned)
     assert "runs of different kinds (pretrain, prune): each kind has a table of its own" in page.text
     assert "pretrain: results" in page.text
     assert "prune: results" in page.text
+    assert "perplexity, pruned" in page.text
     assert "31.5" in page.text
     assert any("Mask of layer.weight" in image["alt"] for image in page.images)
 

@@ -57,6 +57,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "prune": (
         Column("perplexity_before", "perplexity, dense", say),
         Column("perplexity_after", "perplexity, pruned", say, "low"),
+        Column("accuracy_before", "accuracy, dense", share),
+        Column("accuracy_after", "accuracy, pruned", share, "high"),
         Column("sparsity", "weights removed", lambda value: share(value, 2)),
         Column("seconds", "whole run", duration),
     ),
@@ -89,7 +91,7 @@ class Group:
 
     def values(self, key: str) -> list[float]:
         """A number of the summary, of each finished run that has it."""
-        return [run.summary[key] for run in self.finished if report.is_number(run.summary.get(key))]
+        return [found[key] for run in self.finished if key in (found := numbers(run))]
 
     @property
     def data(self) -> str:
@@ -157,8 +159,18 @@ def _plain(value: Any) -> Any:
 def _keys(group: Group) -> list[str]:
     """The numbers of any of its summaries, the columns of the page first."""
     known = [column.key for column in COLUMNS.get(group.job, ())]
-    found = [key for run in group.runs for key, value in run.summary.items() if report.is_number(value)]
-    return list(dict.fromkeys([*known, *found]))
+    return list(dict.fromkeys([*known, *(key for run in group.runs for key in numbers(run))]))
+
+
+def numbers(run: Run) -> dict[str, float]:
+    """The numbers of a summary by their dotted names, and a pruned model's quality by its measure, as `perplexity_after`."""
+    found = {name: value for name, value in leaves(run.summary) if report.is_number(value)}
+    quality = run.summary.get("quality")
+    if isinstance(quality, Mapping):
+        for when in ("before", "after"):
+            if report.is_number(value := quality.get(when)):
+                found[f"{quality.get('measure', 'quality')}_{when}"] = value
+    return found
 
 
 # -- reading -------------------------------------------------------------------------------------------------

@@ -302,9 +302,9 @@ def _pretrain(run: Run) -> dict[str, Any]:
             *_time(run),
             *_headline(
                 run,
-                ("a step", ("seconds_per_step",), duration, "median"),
-                ("operations", ("flops_per_step",), flops, _teachers_part(run)),
-                ("memory", ("peak_memory",), size, "at the peak"),
+                ("time a step", ("seconds_per_step",), duration, "median"),
+                ("FLOPs a step", ("flops_per_step",), lambda count: flops(count, ""), _teachers_part(run)),
+                ("peak memory", ("peak_memory",), size, ""),
             ),
             *_headline(run, ("waiting for data", ("waiting_for_data",), share, "of the training loop")),
         ],
@@ -323,7 +323,7 @@ def _before(run: Run, probe: str) -> str:
 
 def _teachers_part(run: Run) -> str:
     apart = run.summary.get("flops_without_gradient")
-    return f"a step; {flops(apart)} without gradient" if is_number(apart) and apart else "a step"
+    return f"{flops(apart, '')} of them without gradient" if is_number(apart) and apart else ""
 
 
 ROWS = {
@@ -682,13 +682,13 @@ def share(value: float, digits: int = 1) -> str:
     return f"{round(value * 100, digits):g}\N{NO-BREAK SPACE}%"
 
 
-def flops(count: float) -> str:
+def flops(count: float, word: str = "FLOPs") -> str:
     """Operations as one reads them: 2.22 GFLOPs."""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if count < 1000 or unit == "P":
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if count < 1000 or prefix == "P":
             break
         count /= 1000
-    return f"{count:.3g}\N{NO-BREAK SPACE}{unit}FLOPs"
+    return f"{count:.3g}\N{NO-BREAK SPACE}{prefix}{word}".rstrip()
 
 
 def duration(seconds: float) -> str:
