@@ -40,42 +40,18 @@ class TransformersPatches(nn.Module):
             )
 
 
-class TransformersViT(TransformersPatches):
-    """A `ViTModel`, `DeiTModel` or `Dinov2Model` (with registers or without) of transformers as a PatchBackbone.
-
-    The prefix is the class token, then DeiT's distillation token, or DINOv2's registers, which have no positions.
-    """
+class TransformersBlocks(TransformersPatches):
+    """One block after the other on tokens of one width: what the adapters of ViT and BEiT share."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, width=model.config.hidden_size)
-
-    @property
-    def _placed(self) -> int:
-        """Prefix tokens that have a position."""
-        return self.model.embeddings.position_embeddings.shape[1] - self.grid[0] * self.grid[1]
-
-    @property
-    def positions(self) -> Tensor:
-        return self.model.embeddings.position_embeddings[:, self._placed :]
 
     def patches(self, pixels: Tensor) -> Tensor:
         self.check_pixels(pixels)
         return self.model.embeddings.patch_embeddings(pixels)
 
-    def prefix(self, batch_size: int) -> Tensor:
-        embeddings = self.model.embeddings
-        special = [embeddings.cls_token, getattr(embeddings, "distillation_token", None)]
-        tokens = torch.cat([token for token in special if token is not None], dim=1)
-        tokens = tokens + embeddings.position_embeddings[:, : self._placed]
-        registers = getattr(embeddings, "register_tokens", None)
-        if registers is not None:
-            tokens = torch.cat([tokens, registers], dim=1)
-        return tokens.expand(batch_size, -1, -1)
-
-    def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any:
-        return self._run(tokens, levels)
-
     def _run(self, tokens: Tensor, levels: Sequence[int], **told: Any) -> Any:
+        """The blocks, each of which is told the rest, and the final norm; or the outputs of some of them."""
         hidden = self.model.embeddings.dropout(tokens)
         wanted: dict[int, Any] = {level % self.depth: None for level in levels}
         for index, layer in enumerate(self._layers):
@@ -94,7 +70,36 @@ class TransformersViT(TransformersPatches):
         return self.model.layers if hasattr(self.model, "layers") else self.model.encoder.layer
 
 
-class TransformersBeit(TransformersViT):
+class TransformersViT(TransformersBlocks):
+    """A `ViTModel`, `DeiTModel` or `Dinov2Model` (with registers or without) of transformers as a PatchBackbone.
+
+    The prefix is the class token, then DeiT's distillation token, or DINOv2's registers, which have no positions.
+    """
+
+    @property
+    def _placed(self) -> int:
+        """Prefix tokens that have a position."""
+        return self.model.embeddings.position_embeddings.shape[1] - self.grid[0] * self.grid[1]
+
+    @property
+    def positions(self) -> Tensor:
+        return self.model.embeddings.position_embeddings[:, self._placed :]
+
+    def prefix(self, batch_size: int) -> Tensor:
+        embeddings = self.model.embeddings
+        special = [embeddings.cls_token, getattr(embeddings, "distillation_token", None)]
+        tokens = torch.cat([token for token in special if token is not None], dim=1)
+        tokens = tokens + embeddings.position_embeddings[:, : self._placed]
+        registers = getattr(embeddings, "register_tokens", None)
+        if registers is not None:
+            tokens = torch.cat([tokens, registers], dim=1)
+        return tokens.expand(batch_size, -1, -1)
+
+    def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any:
+        return self._run(tokens, levels)
+
+
+class TransformersBeit(TransformersBlocks):
     """A `BeitModel` of transformers as a PatchBackbone.
 
     Where its blocks have a bias for each pair of relative positions, `encode` must be told which patches it is given, and
