@@ -154,7 +154,7 @@ class ComponentInfo:
     needs: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
     counts: str = ""
-    """A word of `COUNTS`; empty for the kind's default, or what a class at worst may be whose instances differ."""
+    """A word of `COUNTS`, with the default parameters; empty for the kind's default."""
     exact_with: Mapping[str, str] = attrs.field(factory=dict)
     """Parameters, as Python spells them, with which a strategy of bounded counts keeps equal ones."""
     backbone: str = ""
@@ -995,12 +995,18 @@ def describe_component(component: type, plugin: PluginInfo) -> ComponentInfo:
 
 
 def _describe_counts(component: type) -> str:
-    """The word of a class; for one whose instances differ (`counts` is a property) what fits fewest partners."""
+    """The word of a class; where its instances differ (`counts` is a property) that of its default parameters.
+
+    Where a parameter has no default, it is the word that fits fewest partners.
+    """
     default, other = COUNTS.get(component.kind, ("", ""))  # type: ignore[attr-defined]
     counts = getattr(component, "counts", default)
-    if not isinstance(counts, str):
-        return other
-    return "" if counts == default else counts
+    if isinstance(counts, property):
+        try:
+            counts = component().counts
+        except (TypeError, MaskwrightError):
+            counts = other
+    return "" if counts == default else str(counts)
 
 
 def _disjoint_rows(component: type) -> int:

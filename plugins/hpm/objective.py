@@ -139,7 +139,7 @@ class BoundHardPatchesMining(BoundObjective):
     """`network` is what is trained, `teacher` follows it.
 
     Outputs: `patch_error` [B, N], the mean squared error of every patch (the loss is that of the hidden ones); `patch_loss`
-    [B, N], what the student predicts of it; `prediction` [B, N, p·p·C]; `reconstruction` [B, C, H, W].
+    [B, N], what the student predicts of it; `prediction` [B, N, p·p·C]; in evaluation mode `reconstruction` [B, C, H, W].
     """
 
     def __init__(self, settings: HardPatchesMining, backbone: nn.Module) -> None:
@@ -190,21 +190,23 @@ class BoundHardPatchesMining(BoundObjective):
         reconstruction = hidden.sum() / max(1, hidden.numel())
         learn = relative_loss if self.settings.relative else absolute_loss
         ranking = learn(mask.gather_hidden(forecast), hidden)
+        outputs = {
+            "prediction": prediction,
+            "patch_error": error.detach(),
+            "patch_loss": forecast.detach(),
+        }
+        if not self.training:
+            outputs["reconstruction"] = fill_hidden(
+                pixels,
+                prediction,
+                (~mask).keep,
+                tuple(self.backbone.grid),
+                normalized=self.settings.norm_pix,
+            )
         return Loss(
             total=reconstruction + ranking,
             parts={"pixels": reconstruction, "loss_prediction": ranking},
-            outputs={
-                "prediction": prediction,
-                "reconstruction": fill_hidden(
-                    pixels,
-                    prediction,
-                    (~mask).keep,
-                    tuple(self.backbone.grid),
-                    normalized=self.settings.norm_pix,
-                ),
-                "patch_error": error.detach(),
-                "patch_loss": forecast.detach(),
-            },
+            outputs=outputs,
         )
 
     def after_step(self, progress: float) -> None:

@@ -61,8 +61,9 @@ class BoundSimMim(BoundObjective):
     """`encode`, `head` and `hidden_l1`, one after the other.
 
     Outputs: `features`, the encoder's outputs at visible positions, [B, K, D], or [ΣK, D] where images keep unequal
-    numbers (where one stands for several patches, at those with a visible one); `prediction` [B, N, p·p·C], every patch's predicted pixels in the order of `toolkit.images.patchify`;
-    `reconstruction` [B, C, H, W], the visible patches as they are and the predicted ones.
+    numbers (where one stands for several patches, at those with a visible one); `prediction` [B, N, p·p·C], every patch's
+    predicted pixels in the order of `toolkit.images.patchify`; in evaluation mode `reconstruction` [B, C, H, W], the visible
+    patches as they are and the predicted ones.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -90,6 +91,12 @@ class BoundSimMim(BoundObjective):
         prefix = self.backbone.prefix(len(tokens))
         return self.backbone.encode(torch.cat([prefix, tokens], dim=1))[:, prefix.shape[1] :]
 
+    def seen(self, grid: Mask) -> Tensor:
+        """bool [B, rows, columns] of the features: where one of their patches is visible."""
+        if self.merged == 1:
+            return grid.keep
+        return nn.functional.max_pool2d(grid.keep[:, None].float(), self.merged)[:, 0] > 0
+
     def forward(
         self,
         batch: Batch,
@@ -105,13 +112,13 @@ class BoundSimMim(BoundObjective):
         places = tuple(side // self.merged for side in self.backbone.grid)
         predicted = self.head(encoded.transpose(1, 2).unflatten(2, places))
         grid = Mask(keep.unflatten(1, tuple(self.backbone.grid)))
-        seen = nn.functional.max_pool2d(grid.keep[:, None].float(), self.merged) > 0
         hidden = ~grid.upsample(tuple(pixels.shape[-2:])).keep[:, None]
         count = mean_over_processes(hidden.sum()) if self.training else hidden.sum()
         loss = hidden_l1(predicted, pixels, hidden, count)
         outputs = {
             "prediction": patchify(predicted, self.backbone.patch_size),
-            "features": at_visible(encoded, seen.flatten(1)),
-            "reconstruction": torch.where(hidden, predicted, pixels).detach(),
+            "features": at_visible(encoded, self.seen(grid).flatten(1)),
         }
+        if not self.training:
+            outputs["reconstruction"] = torch.where(hidden, predicted, pixels).detach()
         return Loss(total=loss, parts={"pixels": loss}, outputs=outputs)

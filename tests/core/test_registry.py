@@ -1002,13 +1002,13 @@ def test_unequal_counts_without_such_parameters_name_strategies_that_fit(tmp_pat
 
 
 def test_counts_may_depend_on_what_a_component_holds():
-    """Described as what fits fewest; read from the instance when a run is configured."""
+    """Described with its default parameters, or as what fits fewest; read from the instance when a run is configured."""
 
     @attrs.frozen
     class Wrapper:
         kind, name = "objective", "wrapper"
         modalities, needs, provides = frozenset({"image"}), frozenset({"pixels"}), frozenset()
-        inner: str = "exact"
+        inner: str
 
         @property
         def counts(self):
@@ -1018,7 +1018,13 @@ def test_counts_may_depend_on_what_a_component_holds():
             return backbone
 
     strategy, _ = pair_of_counts("bounded")
+
+    @attrs.frozen
+    class WithDefault(Wrapper):
+        inner: str = "any"
+
     assert describe_component(Wrapper, PluginInfo("", "")).counts == "exact"
+    assert describe_component(WithDefault, PluginInfo("", "")).counts == ""
     check_fit(strategy, Wrapper("any"))
     with pytest.raises(CountsMismatch):
         check_fit(strategy, Wrapper("exact"))

@@ -60,7 +60,7 @@ def refusal(strategy, objective):
 
 def test_the_catalogue_has_pairs_of_both_sorts():
     refused = [pair for pair in PAIRS if refusal(strategy_of(pair[0]), objective_of(pair[1]))]
-    assert 0 < len(refused) < len(PAIRS) / 2
+    assert 0 < len(refused) < len(PAIRS)
 
 
 @pytest.mark.parametrize(("strategy", "objective"), PAIRS, ids=map("+".join, PAIRS))

@@ -40,15 +40,48 @@ class TransformersPatches(nn.Module):
             )
 
 
-class TransformersViT(TransformersPatches):
+class TransformersBlocks(TransformersPatches):
+    """One block after the other on tokens of one width: what the adapters of ViT and BEiT share."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, width=model.config.hidden_size)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        self.check_pixels(pixels)
+        return self.model.embeddings.patch_embeddings(pixels)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        levels: Sequence[int],
+        between: Callable[[int, Tensor], Tensor] | None = None,
+        **told: Any,
+    ) -> Any:
+        """The blocks, each of which is told the rest, and the final norm; or the outputs of some of them."""
+        hidden = self.model.embeddings.dropout(tokens)
+        wanted: dict[int, Any] = {level % self.depth: None for level in levels}
+        for index, layer in enumerate(self._layers):
+            hidden = layer(hidden if between is None else between(index, hidden), **told)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            if index in wanted:
+                wanted[index] = hidden
+        return [wanted[level % self.depth] for level in levels] if levels else self.model.layernorm(hidden)
+
+    @property
+    def depth(self) -> int:
+        return len(self._layers)
+
+    @property
+    def _layers(self) -> Any:
+        return self.model.layers if hasattr(self.model, "layers") else self.model.encoder.layer
+
+
+class TransformersViT(TransformersBlocks):
     """A `ViTModel`, `DeiTModel` or `Dinov2Model` (with registers or without) of transformers as a PatchBackbone.
 
     The prefix is the class token, then DeiT's distillation token, or DINOv2's registers, which have no positions. At the first
     attention rule its attention implementation becomes "maskwright" (see `register_attention`).
     """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model, width=model.config.hidden_size)
 
     @property
     def _placed(self) -> int:
@@ -58,10 +91,6 @@ class TransformersViT(TransformersPatches):
     @property
     def positions(self) -> Tensor:
         return self.model.embeddings.position_embeddings[:, self._placed :]
-
-    def patches(self, pixels: Tensor) -> Tensor:
-        self.check_pixels(pixels)
-        return self.model.embeddings.patch_embeddings(pixels)
 
     def prefix(self, batch_size: int) -> Tensor:
         embeddings = self.model.embeddings
@@ -83,38 +112,14 @@ class TransformersViT(TransformersPatches):
         told = {} if attention is None else {"attention_mask": self._attention(attention)}
         return self._run(tokens, levels, between, **told)
 
-    def _run(
-        self,
-        tokens: Tensor,
-        levels: Sequence[int],
-        between: Callable[[int, Tensor], Tensor] | None = None,
-        **told: Any,
-    ) -> Any:
-        hidden = self.model.embeddings.dropout(tokens)
-        wanted: dict[int, Any] = {level % self.depth: None for level in levels}
-        for index, layer in enumerate(self._layers):
-            hidden = layer(hidden if between is None else between(index, hidden), **told)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            if index in wanted:
-                wanted[index] = hidden
-        return [wanted[level % self.depth] for level in levels] if levels else self.model.layernorm(hidden)
-
     def _attention(self, attention: AttentionMask | ScoreRule) -> Slabs | ScoreRule:
         if self.model.config._attn_implementation != ATTENTION:
             register_attention()
             self.model.set_attn_implementation(ATTENTION)
         return Slabs(attention) if isinstance(attention, AttentionMask) else attention
 
-    @property
-    def depth(self) -> int:
-        return len(self._layers)
 
-    @property
-    def _layers(self) -> Any:
-        return self.model.layers if hasattr(self.model, "layers") else self.model.encoder.layer
-
-
-class TransformersBeit(TransformersViT):
+class TransformersBeit(TransformersBlocks):
     """A `BeitModel` of transformers as a PatchBackbone.
 
     Where its blocks have a bias for each pair of relative positions, `encode` must be told which patches it is given, and
@@ -140,7 +145,7 @@ class TransformersBeit(TransformersViT):
         table, token = self.model.embeddings.position_embeddings, self.model.embeddings.cls_token
         return (token if table is None else token + table[:, :1]).expand(batch_size, -1, -1)
 
-    def encode(  # type: ignore[override]  # its bias leaves no room for a rule
+    def encode(
         self,
         tokens: Tensor,
         levels: Sequence[int] = (),
