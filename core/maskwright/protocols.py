@@ -246,12 +246,30 @@ class SparsityReport:
 
 @attrs.frozen(eq=False)
 class PruneResult:
-    """The pruned model (changed in place and returned), its masks by parameter name, a report, and what happened."""
+    """The pruned model (changed in place and returned), its masks by parameter name, a report, and what happened.
+
+    `artifacts` are what a method leaves beside them, by the name of the file that a job writes: `{"task-masks": {name: Mask}}` or
+    `{"difference": {name: Tensor}}`, of one kind each. `facts` are numbers worth reporting.
+    """
 
     model: nn.Module
     masks: Mapping[str, Mask]
     report: SparsityReport
     history: Sequence[Mapping[str, float]] = ()
+    artifacts: Mapping[str, Mapping[str, Mask] | Mapping[str, Tensor]] = attrs.field(factory=dict)
+    facts: Mapping[str, float] = attrs.field(factory=dict)
+
+
+@attrs.frozen(eq=False)
+class Expert:
+    """A model that was fine-tuned from the one that a pruner is given.
+
+    `state` holds its parameters under the pruned model's names; `score(model)` says how good a model is at the expert's task, higher is
+    better, or is None where nobody can say.
+    """
+
+    state: Mapping[str, Tensor]
+    score: Callable[[nn.Module], float] | None = None
 
 
 @attrs.frozen
@@ -271,13 +289,13 @@ class Step:
 class PruneTask:
     """What a pruner is given.
 
-    `batches` are calibration or training batches; `loss(model, batch)` is the scalar to keep low; `generator` the only
+    `budget` is None for a pruner that finds out itself how much it removes. `batches` are calibration or training batches; `loss(model, batch)` is the scalar to keep low; `generator` the only
     source of randomness; `prunable(model)` names the weights that may be pruned (None: the rule of
-    `maskwright.toolkit.prunable`). `extras` holds what special pruners need
-    (`experts`, `clients`), by the name in their `needs`.
+    `maskwright.toolkit.prunable`). `extras` holds what special pruners need, by the name in their `needs`: `experts`, a mapping
+    of names to `Expert`s; `clients`, a sequence with the batches of each client.
     """
 
-    budget: Budget
+    budget: Budget | None
     batches: Sequence[Batch] = ()
     loss: Callable[[nn.Module, Batch], Tensor] | None = None
     generator: torch.Generator = attrs.field(factory=lambda: torch.Generator().manual_seed(0))
@@ -307,7 +325,9 @@ class Pruner(Protocol):
     """Decides which weights stay.
 
     `needs` names what the task must bring: "batches", "loss", or a key of its extras. `budgets` are the budget kinds it
-    meets; `changes_weights` says whether weights inside the mask may move.
+    meets, none for a method that finds out itself how much it removes; `changes_weights` says whether weights inside the mask may
+    move. `prunes = "difference"` is said by a method whose masks are of the model's *change*: outside them weights are as they were
+    given, not zero.
     """
 
     kind: ClassVar[str]

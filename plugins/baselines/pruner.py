@@ -52,13 +52,13 @@ class Magnitude:
     def prune(self, model: nn.Module, task: PruneTask) -> PruneResult:
         """Raises `BadBudget` for patterns that do not fit a layer."""
         weights = prunable_weights(model, task.prunable)
-        check_budget(self, weights, task.budget)
-        if task.budget.sparsity is None:
-            n, m = task.budget.n_of_m
+        budget = check_budget(self, weights, task.budget)
+        if budget.sparsity is None:
+            n, m = budget.n_of_m
             keep = {weight.name: keep_n_of_m(weight.matrix, n, m, magnitude=True) for weight in weights}
         else:
             scores = {weight.name: weight.matrix.abs() for weight in weights}
-            keep = keep_share(scores, task.budget.sparsity, self.compare)
+            keep = keep_share(scores, budget.sparsity, self.compare)
         return finish(model, weights, keep)
 
 
@@ -80,12 +80,12 @@ class Random:
     def prune(self, model: nn.Module, task: PruneTask) -> PruneResult:
         """Draws from the task's generator. Raises `BadBudget` for patterns that do not fit a layer."""
         weights = prunable_weights(model, task.prunable)
-        check_budget(self, weights, task.budget)
+        budget = check_budget(self, weights, task.budget)
         scores = {
             weight.name: torch.rand(weight.shape, generator=task.generator, device=task.generator.device)
             for weight in weights
         }
-        return finish(model, weights, keep_best(scores, task.budget, self.compare))
+        return finish(model, weights, keep_best(scores, budget, self.compare))
 
 
 # -- Wanda -----------------------------------------------------------------------------------------------------------
@@ -128,11 +128,11 @@ class Wanda:
     def prune(self, model: nn.Module, task: PruneTask) -> PruneResult:
         """Raises `BadBudget` for patterns that do not fit a layer, `BadData` for an empty calibration set."""
         weights = prunable_weights(model, task.prunable)
-        check_budget(self, weights, task.budget)
+        budget = check_budget(self, weights, task.budget)
         keep: dict[str, Tensor] = {}
         for block in calibrate(model, weights, task, squared_norms):
             for weight, squares in block:
-                keep[weight.name] = self.keep(wanda_scores(weight.matrix, squares), task.budget)
+                keep[weight.name] = self.keep(wanda_scores(weight.matrix, squares), budget)
                 weight.apply(weight.mask(keep[weight.name]))
         return finish(model, weights, keep)
 
@@ -241,12 +241,12 @@ class SparseGpt:
     def prune(self, model: nn.Module, task: PruneTask) -> PruneResult:
         """Raises `BadBudget`, `BadData` for an empty calibration set, `NumericalError` for too little of it."""
         weights = prunable_weights(model, task.prunable)
-        check_budget(self, weights, task.budget)
+        budget = check_budget(self, weights, task.budget)
         keep: dict[str, Tensor] = {}
         history = []
         for block in calibrate(model, weights, task, outer_products, sequential=self.sequential):
             for weight, products in block:
-                matrix, keep[weight.name], error = self.pruned(weight, 2 * products, task.budget)
+                matrix, keep[weight.name], error = self.pruned(weight, 2 * products, budget)
                 if self.update:
                     weight.write(matrix)
                 weight.apply(weight.mask(keep[weight.name]))

@@ -117,10 +117,10 @@ class MaskLlm:
     def prune(self, model: nn.Module, task: PruneTask) -> PruneResult:
         """Raises `BadBudget` for what is no N:M pattern or does not fit a layer, `BadData` without batches and loss."""
         weights = prunable_weights(model, task.prunable)
-        check_budget(self, weights, task.budget)
+        budget = check_budget(self, weights, task.budget)
         if task.loss is None or not task.batches:
             raise BadData("maskllm trains on batches and a loss; give the task both.")
-        patterns = candidates(*task.budget.n_of_m).float()
+        patterns = candidates(*budget.n_of_m).float()
         prior = self.prior_masks(model, weights, task)
         logits = nn.ParameterList(self.start(weight, patterns, prior, task.generator) for weight in weights)
         history = self.train(model, weights, logits, patterns, task)

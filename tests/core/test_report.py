@@ -287,8 +287,7 @@ def pruned(path, layers=3, **changes):
     summary = {
         "job": "prune",
         "finished": True,
-        "perplexity_before": 21.5,
-        "perplexity_after": 30.25,
+        "quality": {"measure": "perplexity", "better": "lower", "before": 21.5, "after": 30.25},
         "sparsity": 0.5,
         "budget": {"pattern": None, "sparsity": 0.5},
         "layers": each,
@@ -367,7 +366,13 @@ def test_a_pruning_without_layers_still_has_a_page(tmp_path):
         "perplexity after"
         in page_of(
             run_folder(
-                tmp_path, summary={"job": "prune", "finished": True, "perplexity_after": 3.0, "sizes": "?"}
+                tmp_path,
+                summary={
+                    "job": "prune",
+                    "finished": True,
+                    "quality": {"measure": "perplexity", "after": 3.0},
+                    "sizes": "?",
+                },
             )
         ).text
     )

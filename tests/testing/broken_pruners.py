@@ -35,7 +35,7 @@ class Right:
         return self.result(model, masks)
 
     def refuse(self, task):
-        if task.budget.kind not in self.budgets:
+        if task.budget is None or task.budget.kind not in self.budgets:
             raise BadBudget(f"right meets {', '.join(self.budgets)}, not {task.budget}.")
         if not task.batches or task.loss is None:
             raise BadData("right needs batches and a loss.")
@@ -79,6 +79,32 @@ class Right:
 
 
 @attrs.frozen
+class FindsOut(Right):
+    """Moves the weights against the gradient where that is larger than on average; takes no budget."""
+
+    name: ClassVar[str] = "finds-out"
+    budgets: ClassVar[frozenset[str]] = frozenset()
+    changes_weights: ClassVar[bool] = True
+    prunes: ClassVar[str] = "difference"
+
+    def refuse(self, task):
+        if task.budget is not None:
+            raise BadBudget("finds-out takes no budget.")
+        if not task.batches or task.loss is None:
+            raise BadData("finds-out needs batches and a loss.")
+
+    def require_fit(self, weights, budget):
+        pass
+
+    def keep(self, scores, budget):
+        return scores > scores.mean()
+
+    def apply(self, weight, mask):
+        with torch.no_grad():
+            weight.parameter.add_(mask.keep.to(weight.parameter))
+
+
+@attrs.frozen
 class DropsLayers:
     """Cuts the last layers off a language model."""
 
@@ -98,7 +124,7 @@ class DropsLayers:
         return {"teacher": copy.deepcopy(model)}
 
     def prune(self, model, task):
-        if task.budget.kind not in self.budgets:
+        if task.budget is None or task.budget.kind not in self.budgets:
             raise BadBudget("drops meets layers and params.")
         task.extras.get("teacher")
         layers = getattr(getattr(model, "model", None), "layers", None)
@@ -122,7 +148,7 @@ class PromisesLayers(Right):
     budgets = frozenset({"sparsity", "pattern", "layers"})
 
     def refuse(self, task):
-        if task.budget.kind == "layers":
+        if task.budget is not None and task.budget.kind == "layers":
             raise BadBudget("not yet.")
         super().refuse(task)
 
@@ -159,7 +185,7 @@ class RefusesTooLate(Right):
     """The budget is refused when the weights have been changed."""
 
     def prune(self, model, task):
-        if task.budget.kind not in self.budgets:
+        if task.budget is None or task.budget.kind not in self.budgets:
             next(model.parameters()).data.zero_()
         return super().prune(model, task)
 
@@ -178,7 +204,7 @@ class LeavesTheRest(Right):
 
 class AssumesABatch(Right):
     def refuse(self, task):
-        if task.budget.kind not in self.budgets:
+        if task.budget is None or task.budget.kind not in self.budgets:
             raise BadBudget("no.")
         task.batches[0]
         task.loss.__call__  # noqa: B018
@@ -328,6 +354,22 @@ class MovesTheGlobalState(Right):
         return super().scores(model, weights, task)
 
 
+class ZeroesWhatDidNotChange(FindsOut):
+    def apply(self, weight, mask):
+        weight.apply(mask)
+
+
+class TakesAnyBudgetAtAll(FindsOut):
+    def refuse(self, task):
+        if not task.batches or task.loss is None:
+            raise BadData("finds-out needs batches and a loss.")
+
+
+class GuessesABudget(Right):
+    def prune(self, model, task):
+        return super().prune(model, attrs.evolve(task, budget=task.budget or Budget(sparsity=0.5)))
+
+
 class Changeable(Right):
     anything = 0
 
@@ -335,7 +377,7 @@ class Changeable(Right):
         object.__setattr__(self, name, value)
 
 
-RIGHT = (Right, DropsLayers)
+RIGHT = (Right, FindsOut, DropsLayers)
 BROKEN = [
     ("declared-budgets-are-accepted", PromisesLayers),
     ("declared-budgets-are-accepted", WordsOfItsOwn),
@@ -343,6 +385,8 @@ BROKEN = [
     ("result-is-the-pruned-model", FallsOver),
     ("other-budgets-are-refused", TakesAnyBudget),
     ("other-budgets-are-refused", RefusesTooLate),
+    ("other-budgets-are-refused", TakesAnyBudgetAtAll),
+    ("other-budgets-are-refused", GuessesABudget),
     ("patterns-that-do-not-fit-are-refused", LeavesTheRest),
     ("missing-needs-are-refused", AssumesABatch),
     ("every-need-is-used", NeverComputesTheLoss),
@@ -353,6 +397,7 @@ BROKEN = [
     ("report-counts-the-masks", Miscounts),
     ("only-prunable-weights-are-pruned", OwnRule),
     ("outside-the-mask-is-zero", AlmostZero),
+    ("outside-the-mask-is-zero", ZeroesWhatDidNotChange),
     ("inside-is-untouched", Rescales),
     ("the-rest-is-untouched", MovesBiases),
     ("the-rest-is-untouched", MovesStatistics),

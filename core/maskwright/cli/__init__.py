@@ -18,7 +18,12 @@ COMMANDS = {
     "info": ("maskwright.cli.info:info", "All about one component: parameters, partners, paper, claim."),
     "show": ("maskwright.cli.show:show", "Draw a strategy's mask here, or into a PNG."),
     "pretrain": ("maskwright.cli.jobs:pretrain", "Train a model with a mask strategy and an objective."),
-    "prune": ("maskwright.cli.jobs:prune", "Prune a language model."),
+    "prune": ("maskwright.cli.jobs:prune", "Prune a model to a budget."),
+    "compare-pruners": (
+        "maskwright.cli.compare_pruners:compare_pruners",
+        "Prune a model with several pruners, on one page.",
+    ),
+    "apply": ("maskwright.cli.apply:apply", "Set the weights outside saved masks to zero in a model."),
     "sample": ("maskwright.cli.jobs:sample", "Sample text from a masked denoiser."),
     "install": ("maskwright.cli.install:install", "Install plugins, and say what they bring."),
     "uninstall": ("maskwright.cli.install:uninstall", "Remove plugins, and say what goes."),

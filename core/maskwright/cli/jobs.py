@@ -73,6 +73,13 @@ SHORTCUTS: dict[str, list[tuple[str, click.Option]]] = {
         _option("budget.bits", "--bits", type=float, metavar="X", help="Mean bits a weight."),
         _option("budget.layers", "--layers", type=int, metavar="N", help="Layers kept."),
         _option(
+            "model.stream",
+            "--stream",
+            is_flag=True,
+            default=None,
+            help="Read and prune the model block by block: for models larger than memory.",
+        ),
+        _option(
             "output.export",
             "--export",
             metavar="FORMAT",
@@ -252,7 +259,7 @@ pretrain = _job(
 
 prune = _job(
     "prune",
-    "Prune a causal language model of transformers to a budget; without arguments a small one that is trained first.\n\n"
+    "Prune a model of transformers (language model, image classifier, encoder) to a budget; without arguments a small one that is trained first.\n\n"
     "Perplexity is measured before and after. The run's folder gets model/, masks.safetensors and report.html.",
     "  maskwright prune --model ./llama --pruner magnitude --pattern 2:4\n"
     "  maskwright prune run.toml --sparsity 0.5",

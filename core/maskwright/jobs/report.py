@@ -181,36 +181,44 @@ class Number:
 
 def render(run: Run) -> str:
     """The page as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     from maskwright import __version__
 
-    environment = Environment(
+    specific = {"pretrain": _pretrain, "prune": _prune, "sample": _sample}.get(run.job, _plain)
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            {
+                "run": run,
+                "title": _title(run),
+                "state": _state(run),
+                "again": f"maskwright {run.job} run.toml" if run.settings and run.job != "run" else "",
+                "settings": list(flat(run.settings)),
+                "results": list(flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
+                "version": __version__,
+                "numbers": [],
+                "rows": [],
+                "charts": [],
+                "corners": [],
+                "texts": [],
+                "texts_title": "Samples",
+                "sizes": [],
+                **specific(run),
+            }
+        )
+    )
+
+
+def environment() -> Any:
+    """The templates of the pages."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
         loader=PackageLoader("maskwright.jobs"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    specific = {"pretrain": _pretrain, "prune": _prune, "sample": _sample}.get(run.job, _plain)
-    return environment.get_template("report.html.j2").render(
-        {
-            "run": run,
-            "title": _title(run),
-            "state": _state(run),
-            "again": f"maskwright {run.job} run.toml" if run.settings and run.job != "run" else "",
-            "settings": list(_flat(run.settings)),
-            "results": list(_flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
-            "version": __version__,
-            "numbers": [],
-            "rows": [],
-            "charts": [],
-            "corners": [],
-            "texts": [],
-            "texts_title": "Samples",
-            "sizes": [],
-            **specific(run),
-        }
     )
 
 
@@ -244,7 +252,8 @@ def _find(settings: Mapping[str, Any], key: str) -> Any:
     return next((value for name, value in leaves(settings) if name.rpartition(".")[2] == key), None)
 
 
-def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def flat(table: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Dotted names and values of nested tables, for readers."""
     for name, value in leaves(table):
         yield name, say(value)
 
@@ -367,11 +376,7 @@ def _prune(run: Run) -> dict[str, Any]:
     total = sum(layer.get("total", 0) for layer in layers)
     removed = run.summary.get("sparsity", 1 - kept / total if total else None)
     asked = _asked(run)
-    numbers = _headline(
-        run,
-        ("perplexity before", ("perplexity_before",), say, "dense"),
-        ("perplexity after", ("perplexity_after",), say, "pruned"),
-    )
+    numbers = _quality(run)
     if _is_number(removed):
         numbers.append(Number("weights removed", share(removed, 2), f"asked: {asked}" if asked else ""))
     numbers += _time(run)
@@ -383,6 +388,20 @@ def _prune(run: Run) -> dict[str, Any]:
         "corners": _corners(run.masks),
         "sizes": sizes,
     }
+
+
+def _quality(run: Run) -> list[Number]:
+    """How good the model was and is, in the measure of its kind."""
+    told = run.summary.get("quality")
+    if not isinstance(told, Mapping):
+        return []
+    name, speak = str(told.get("measure", "quality")), share if told.get("measure") == "accuracy" else say
+    pairs = [("before", "dense"), ("after", "pruned")]
+    return [
+        Number(f"{name} {when}", speak(value), what)
+        for when, what in pairs
+        if _is_number(value := told.get(when))
+    ]
 
 
 def _asked(run: Run) -> str:
@@ -417,7 +436,6 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
     budget = run.summary.get("budget")
     asked = budget.get("sparsity") if isinstance(budget, Mapping) else None
     line = asked if _is_number(asked) else None
-    image, small = (pictures.bars(names, removed, reference=line, width=width) for width in (8.5, 4.15))
     low, high = (
         min(range(len(removed)), key=removed.__getitem__),
         max(range(len(removed)), key=removed.__getitem__),
@@ -426,8 +444,12 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
         f"{title}: least {share(removed[low])} in {names[low]}, most {share(removed[high])} in {names[high]}."
     )
     caption = f"Dashed: the {share(asked)} that was asked." if _is_number(asked) else ""
-    drawn = _png_figure(image, alt, title=title, caption=caption)
-    return attrs.evolve(drawn, narrow=_data_uri(small))
+    return figure_of(
+        lambda width: pictures.bars(names, removed, reference=line, width=width),
+        alt,
+        title=title,
+        caption=caption,
+    )
 
 
 def _training_charts(run: Run) -> list[Figure]:
@@ -573,6 +595,12 @@ def _words(name: str) -> str:
 def figure(image: Image.Image, alt: str, *, caption: str = "", title: str = "") -> Figure:
     """A picture as a data URI."""
     return _png_figure(pictures.png(image), alt, caption=caption, title=title)
+
+
+def figure_of(draw: Callable[[float], bytes], alt: str, *, title: str, caption: str = "") -> Figure:
+    """A chart that `draw(inches)` makes as a PNG, wide for a desk and narrow for a phone."""
+    drawn = _png_figure(draw(8.5), alt, title=title, caption=caption)
+    return attrs.evolve(drawn, narrow=_data_uri(draw(4.15)))
 
 
 def _png_figure(data: bytes, alt: str, *, caption: str = "", title: str = "", wide: bool = True) -> Figure:

@@ -294,12 +294,13 @@ class Run:
         pictures: Mapping[str, Tensor] | None = None,
         samples: Iterable[Mapping[str, Any]] | None = None,
         files: Mapping[str, str] | None = None,
+        artifacts: Mapping[str, Mapping[str, Mask] | Mapping[str, Tensor]] | None = None,
         counted: Callable[[Path], Mapping[str, Any]] | None = None,
     ) -> Result:
         """Write what the job leaves: model/, masks, pictures, samples, summary.json and report.html, each whole or not.
 
         `model` and `tokenizer` have `save_pretrained`; a module without it is saved as model/model.safetensors. `files` are
-        texts to lie beside the model, by name. `counted` adds to the summary what it reads from the run's folder, with model and
+        texts to lie beside the model, by name; `artifacts` masks or tensors that become files <name>.safetensors. `counted` adds to the summary what it reads from the run's folder, with model and
         masks in it. In all processes but the first nothing is written.
         """
         from safetensors.torch import save
@@ -319,6 +320,8 @@ class Run:
         if masks:
             with self._writing(self.folder / "masks.safetensors"):
                 save_masks(self.folder / "masks.safetensors", masks)
+        for name, held in (artifacts or {}).items():
+            self._artifact(f"{name}.safetensors", held)
         if pictures:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in pictures.items()}
             self._write("pictures.safetensors", save(tensors))
@@ -332,6 +335,21 @@ class Run:
             self._observers.tell("maskwright_run_ended", run=self.info, result=told)
         return Result(self.folder, told, report)
 
+    def _artifact(self, name: str, held: Mapping[str, Mask] | Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save
+
+        masks = {key: one for key, one in held.items() if isinstance(one, Mask)}
+        tensors = {
+            key: one.detach().cpu().contiguous() for key, one in held.items() if not isinstance(one, Mask)
+        }
+        if masks and tensors:
+            raise TypeError(f"The artifact {name} holds masks and tensors; give each a name of its own.")
+        if masks:
+            with self._writing(self.folder / name):
+                save_masks(self.folder / name, masks)
+        else:
+            self._write(name, save(tensors))
+
     # -- the folder ----------------------------------------------------------------------------------------
 
     def _open(self, folder: str | os.PathLike[str] | None, resume: bool) -> Path:
@@ -344,7 +362,7 @@ class Run:
                 raise CheckpointError(f"There is no run to resume: {path} is no folder.")
         else:
             with self._writing(Path(folder) if folder is not None else RUNS):
-                path = _numbered(self.job) if folder is None else _empty(Path(folder))
+                path = numbered(self.job) if folder is None else _empty(Path(folder))
         self._exit.callback(_lock(path))
         refuse_pickles(path / "checkpoint")
         latest = self._latest(path)
@@ -608,7 +626,7 @@ def _accelerator() -> Any:
     return Accelerator(cpu=grouped)
 
 
-def _numbered(job: str) -> Path:
+def numbered(job: str) -> Path:
     """A new folder runs/<job>-<n>, also when several runs begin at the same time."""
     RUNS.mkdir(parents=True, exist_ok=True)
     taken = [path.name.removeprefix(f"{job}-") for path in RUNS.glob(f"{job}-*")]
@@ -681,4 +699,4 @@ def _save_model(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-__all__ = ["RUNS", "Result", "Run"]
+__all__ = ["RUNS", "Result", "Run", "numbered"]

@@ -34,7 +34,10 @@ class RunSection:
     log_every: int | None = setting(None, "steps between lines of metrics.jsonl", ge=1, optional=True)
     save_every: int | None = setting(None, "steps between checkpoints", ge=1, optional=True)
     calibration: int | None = setting(
-        None, "sequences on which a pruner measures a layer's inputs", ge=1, optional=True
+        None, "samples on which a pruner measures a layer's inputs", ge=1, optional=True
+    )
+    clients: int | None = setting(
+        None, "parts of the data, for pruners that need clients", ge=1, optional=True
     )
 
 
@@ -72,6 +75,9 @@ class ModelSection:
     heads: int | None = setting(None, "attention heads of the default model", ge=1, optional=True)
     patch_size: int | None = setting(
         None, "pixels a side of the default model's patches", ge=1, optional=True
+    )
+    stream: bool | None = setting(
+        None, "prune a model folder block by block, one in memory at a time", optional=True
     )
 
 
@@ -133,6 +139,7 @@ class Settings:
     pruner: ComponentSection | None = None
     budget: Mapping[str, Any] | None = None
     prunable: PrunableSection | None = None
+    experts: Mapping[str, Mapping[str, str]] | None = None
     output: OutputSection | None = None
     sampler: ComponentSection | None = None
     request: RequestSection | None = None
@@ -145,7 +152,8 @@ class Settings:
             if isinstance(section, ComponentSection):
                 tables[field.name] = {"name": section.name, **section.params}
             elif isinstance(section, Mapping):
-                tables[field.name] = dict(section)
+                if section:
+                    tables[field.name] = dict(section)
             elif section is not None:
                 tables[field.name] = attrs.asdict(section, filter=lambda _, value: value is not None)
         return tables
@@ -182,7 +190,8 @@ def _plain(value: Any) -> Any:
 COMPONENTS = {"strategy": "mask-strategy", "objective": "objective", "pruner": "pruner", "sampler": "sampler"}
 """Sections that name a component, and its kind."""
 
-_BUDGETS = ("sparsity", "pattern", "params", "flops", "bits", "layers")
+BUDGETS: Table = {"pattern": "2:4", "sparsity": 0.5, "params": 0.7, "flops": 0.7, "bits": 4.0, "layers": 2}
+"""Kinds of budget with an amount that is asked for when nothing is said, the first that the pruner meets."""
 _CLASSES: dict[str, type] = {
     "run": RunSection,
     "model": ModelSection,
@@ -191,20 +200,24 @@ _CLASSES: dict[str, type] = {
     "output": OutputSection,
     "request": RequestSection,
 }
-_TRAINING = tuple(field.name for field in attrs.fields(RunSection) if field.name != "calibration")
+_TRAINING = tuple(
+    field.name for field in attrs.fields(RunSection) if field.name not in ("calibration", "clients")
+)
+_MADE = tuple(field.name for field in attrs.fields(ModelSection) if field.name != "stream")
 
 JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
-    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": None, "data": None},
+    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": _MADE, "data": None},
     "prune": {
-        "run": ("job", "seed", "batch_size", "calibration", "log_every", "save_every"),
+        "run": ("job", "seed", "batch_size", "calibration", "clients", "log_every", "save_every"),
         "pruner": None,
-        "budget": _BUDGETS,
+        "budget": tuple(BUDGETS),
         "prunable": None,
+        "experts": None,
         "output": None,
         "model": None,
         "data": None,
     },
-    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": None, "data": None},
+    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": _MADE, "data": None},
 }
 """Sections of each job, with their legal keys where these are not all that the section has."""
 
@@ -216,7 +229,6 @@ DEFAULTS: dict[str, dict[str, Table]] = {
     "prune": {
         "run": {"batch_size": 8, "calibration": 128, **_EVERY},
         "pruner": {"name": "sparsegpt"},
-        "budget": {"pattern": "2:4"},
         "data": {"source": "standard-library"},
     },
     "sample": {"sampler": {"name": "first-hitting"}, "data": {"source": "standard-library"}},
@@ -302,6 +314,11 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
                 tables = _merge(
                     tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
                 )
+    if job == "prune" and not given.get("budget"):
+        named = str({**tables["pruner"], **given.get("pruner", {})}["name"])
+        met = registry.info(named, "pruner").budgets
+        kind = next((kind for kind in BUDGETS if kind in met), None)
+        tables = _merge(tables, {"budget": {kind: BUDGETS[kind]}} if kind else {})
     if given.get("model", {}).get("source", "default") != "default":
         return tables
     if modality == "text":
@@ -329,7 +346,7 @@ def check(settings: Settings, registry: Registry | None = None) -> None:
     }
     if "strategy" in made and "objective" in made:
         check_fit(made["strategy"], made["objective"], catalogue=registry)
-    if settings.budget is not None:
+    if settings.budget:
         from maskwright.protocols import Budget
 
         Budget(**settings.budget)
@@ -407,6 +424,9 @@ def _check(job: str, tables: Mapping[str, Any], origin: str) -> None:
             if not isinstance(table.get("name", ""), str):
                 raise BadRunFile(f"{origin}, [{name}]: name must be a text, not {table['name']!r}.")
             continue
+        if name == "experts":
+            _check_experts(table, origin)
+            continue
         legal = sections[name] or tuple(field.name for field in attrs.fields(_CLASSES[name]))
         for key, value in table.items():
             if key not in legal:
@@ -417,14 +437,24 @@ def _check(job: str, tables: Mapping[str, Any], origin: str) -> None:
                 _check_type(f"{origin}, [{name}]: {key}", getattr(attrs.fields(_CLASSES[name]), key), value)
     if len(tables.get("budget", {})) > 1:
         raise BadRunFile(
-            f"{origin}, [budget]: give exactly one of {', '.join(_BUDGETS)}, not {', '.join(tables['budget'])}."
+            f"{origin}, [budget]: give exactly one of {', '.join(BUDGETS)}, not {', '.join(tables['budget'])}."
         )
+
+
+def _check_experts(table: Mapping[str, Any], origin: str) -> None:
+    for name, entry in table.items():
+        fine = isinstance(entry, Mapping) and "model" in entry and set(entry) <= {"model", "data"}
+        if not fine or not all(isinstance(value, str) for value in entry.values()):
+            raise BadRunFile(
+                f"{origin}, [experts]: {name} must have a `model`, a folder, and may have `data`, not {entry!r}."
+            )
 
 
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
     "tuple[float, ...]": ((list, tuple), "a list of numbers"),
     "tuple[str, ...]": ((list, tuple), "a list of texts"),
 }
@@ -436,7 +466,7 @@ def _check_type(where: str, field: attrs.Attribute[Any], value: Any) -> None:
     listed = not isinstance(value, list | tuple) or all(
         isinstance(item, inside) and not isinstance(item, bool) for item in value
     )
-    if isinstance(value, bool) or not isinstance(value, kinds) or not listed:
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds) or not listed:
         raise BadRunFile(f"{where} must be {words}, not {value!r}.")
 
 
@@ -456,6 +486,11 @@ def _build(job: str, tables: dict[str, Table]) -> Settings:
                 raise BadRunFile(
                     f"[{name}] {str(error).removeprefix(_CLASSES[name].__name__ + ': ')}"
                 ) from None
+        elif name == "experts":
+            sections[name] = {
+                expert: {key: _absolute(value) for key, value in entry.items()}
+                for expert, entry in table.items()
+            }
         else:
             sections[name] = dict(table)
     settings = Settings(**sections)

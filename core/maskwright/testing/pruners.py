@@ -7,6 +7,7 @@ What a pruner class may say about its examples, all optional class attributes:
   for pruners of other models than the kit has; without the loss, `model(**batch)` must return one or have one as `.loss`
 - `example_extras(model, seed) -> dict`: a static method, for what its `needs` name beside "batches" and "loss"
 - `compare`: "layer", "row" or "global", the weights between which a sparsity is shared out; without it any of them will do
+- `prunes = "difference"`: the masks are of the model's change, and outside them weights are as they were given
 - `budget_spent(result, budget) -> float`: for budgets that masks do not count ("flops", "bits"): what was spent, in the
   budget's own unit
 - `exempt`: rules that the method must break, with the reason
@@ -78,11 +79,14 @@ def _convnet() -> nn.Module:
 
 @attrs.frozen
 class Pruning:
-    """One call of a pruner: a model of the kit ("mlp" with layers of these sizes, "conv", "llama"), and how much may stay."""
+    """One call of a pruner: a model of the kit ("mlp" with layers of these sizes, "conv", "llama"), and how much may stay.
+
+    `budget` is None for a pruner that takes none.
+    """
 
     model: str = "mlp"
     sizes: tuple[int, ...] = (16, 8)
-    budget: str = "sparsity"
+    budget: str | None = "sparsity"
     amount: Any = 0.5
     seed: int = 0
     dtype: str = "float32"
@@ -119,7 +123,7 @@ class Pruning:
         if needs - {"batches", "loss"} and hasattr(component, "example_extras"):
             extras = dict(component.example_extras(model, self.seed))
         given: dict[str, Any] = {
-            "budget": Budget(**{self.budget: self.amount}),
+            "budget": None if self.budget is None else Budget(**{self.budget: self.amount}),
             "batches": self.batches(component) if "batches" in needs else (),
             "loss": loss_of(component) if "loss" in needs else None,
             "generator": torch.Generator().manual_seed(self.seed),
@@ -162,10 +166,14 @@ def models_of(component: Any) -> tuple[str, ...]:
     return ("mlp", *others)
 
 
-def budgets_of(component: Any) -> list[tuple[str, Any]]:
-    """(kind, amount) of the budgets that a component meets, an ordinary one of each kind first."""
+def budgets_of(component: Any) -> list[tuple[str | None, Any]]:
+    """(kind, amount) of the budgets that a component meets, an ordinary one of each kind first; (None, None) for one that takes none."""
+    if not component.budgets:
+        return [(None, None)]
     kinds = sorted(kind for kind in component.budgets if kind in AMOUNTS)
-    every = [[(kind, amount) for amount in AMOUNTS[kind]] for kind in kinds]
+    every: list[list[tuple[str | None, Any]]] = [
+        [(kind, amount) for amount in AMOUNTS[kind]] for kind in kinds
+    ]
     return [pair for amounts in every for pair in amounts[:1]] + [
         pair for amounts in every for pair in amounts[1:]
     ]
@@ -175,7 +183,7 @@ def prunings(component: Any, *, kind: str | None = None) -> st.SearchStrategy[Pr
     """Calls of a pruner with the budgets that it meets (only of one kind, where given)."""
     pairs = [pair for pair in budgets_of(component) if kind in (None, pair[0])]
 
-    def call(pair: tuple[str, Any], **values: Any) -> Pruning:
+    def call(pair: tuple[str | None, Any], **values: Any) -> Pruning:
         return Pruning(budget=pair[0], amount=pair[1], **values)
 
     return st.builds(
@@ -258,22 +266,25 @@ def _in_form(component: Any, example: Pruning) -> Outcome:
 
 @rule(KIND)
 def check_declared_budgets_are_accepted(component: Any) -> None:
-    """`budgets` names kinds of budget, and an ordinary one of each kind is met on some model without an error."""
+    """`budgets` names kinds of budget, and an ordinary one of each kind is met on some model without an error.
+
+    A pruner with no `budgets` runs without one.
+    """
     unknown = set(component.budgets) - set(AMOUNTS)
     require(not unknown, f"`budgets` names {sorted(unknown)}; kinds are {', '.join(AMOUNTS)}.")
-    require(bool(component.budgets), f"`budgets` is empty; name some of {', '.join(AMOUNTS)}.")
     missing = set(component.needs) - {"batches", "loss"}
     if missing and not hasattr(component, "example_extras"):
         not_tried(f"the kit has no {sorted(missing)}: give the class `example_extras(model, seed)`")
-    for kind in sorted(component.budgets):
+    for kind, amount in dict(reversed(budgets_of(component))).items():
         errors = []
         for name in models_of(component):
             try:
-                pruned(component, Pruning(name, budget=kind, amount=AMOUNTS[kind][0]))
+                pruned(component, Pruning(name, budget=kind, amount=amount))
             except Exception as error:
                 errors.append(f"{name}: {type(error).__name__}: {error}")
         refused = len(errors) == len(models_of(component))
-        require(not refused, f"{kind} {AMOUNTS[kind][0]} failed on every model: {'; '.join(errors)}")
+        what = "no budget" if kind is None else f"{kind} {amount}"
+        require(not refused, f"{what} failed on every model: {'; '.join(errors)}")
 
 
 @rule(KIND, cases=prunings, examples=8)
@@ -294,11 +305,14 @@ def check_result_is_the_pruned_model(component: Any, example: Pruning) -> None:
 
 @rule(KIND, applies=lambda component: len(set(AMOUNTS) - set(component.budgets)) > 0)
 def check_other_budgets_are_refused(component: Any) -> None:
-    """A kind of budget that is not in `budgets` raises `BadBudget` before anything is changed."""
+    """A kind of budget that is not in `budgets`, and none where there are some, raises `BadBudget` before anything is changed."""
     tried = _accepted_model(component)
     for kind in [one for one in AMOUNTS if one not in component.budgets]:
         example = attrs.evolve(tried, budget=kind, amount=AMOUNTS[kind][0])
         _require_refusal(component, example, BadBudget, f"the budget {kind} {example.amount}")
+    if component.budgets:
+        none = attrs.evolve(tried, budget=None, amount=None)
+        _require_refusal(component, none, BadBudget, "a task without a budget")
 
 
 @rule(KIND, applies=lambda component: "pattern" in component.budgets)
@@ -413,11 +427,11 @@ def _watched_loss(loss: Any, read: set[str]) -> Any:
 # -- the budget ----------------------------------------------------------------------------------------------
 
 
-@rule(KIND, cases=prunings, examples=12)
+@rule(KIND, cases=prunings, examples=12, applies=lambda component: bool(component.budgets))
 def check_budget_is_met(component: Any, example: Pruning) -> None:
     """Sparsity to the weight (within each layer, each row or over all), N:M in each group, no more layers or parameters."""
     outcome = ready(component, example)
-    budget, result = Budget(**{example.budget: example.amount}), outcome.result
+    budget, result = Budget(**{str(example.budget): example.amount}), outcome.result
     unwanted(not outcome.masks)
     if hasattr(component, "budget_spent"):
         spent, allowed = float(component.budget_spent(result, budget)), float(example.amount)
@@ -540,16 +554,25 @@ def check_only_prunable_weights_are_pruned(component: Any, example: Pruning) -> 
 
 @rule(KIND, cases=prunings, examples=10)
 def check_outside_the_mask_is_zero(component: Any, example: Pruning) -> None:
-    """Weights that the mask hides are exactly zero."""
+    """Weights that the mask hides are exactly zero; where `prunes` is "difference", exactly as they were given."""
     outcome = _in_form(component, example)
-    for name, count in _left(outcome).items():
-        require(False, f"{count} hidden weights of {name} are not zero.", outcome.masks[name])
+    wrong = "zero" if _base(component, outcome) is None else "as they were"
+    for name, count in _left(component, outcome).items():
+        require(False, f"{count} hidden weights of {name} are not {wrong}.", outcome.masks[name])
 
 
-def _left(outcome: Outcome) -> dict[str, int]:
-    """How many hidden weights are not zero, by name, where there are any."""
+def _base(component: Any, outcome: Outcome) -> dict[str, Tensor] | None:
+    """What hidden weights must be, where that is not zero."""
+    return outcome.parameters if getattr(component, "prunes", "weights") == "difference" else None
+
+
+def _left(component: Any, outcome: Outcome) -> dict[str, int]:
+    """How many hidden weights are not what they must be, by name, where there are any."""
+    base = _base(component, outcome)
     counts = {
-        name: int(((outcome.model.get_parameter(name) != 0) & ~mask.keep).sum())
+        name: int(
+            ((outcome.model.get_parameter(name) != (0 if base is None else base[name])) & ~mask.keep).sum()
+        )
         for name, mask in outcome.masks.items()
     }
     return {name: count for name, count in counts.items() if count}
@@ -651,30 +674,25 @@ def check_state_dict_round_trips(component: Any, example: Pruning) -> None:
 @rule(KIND, cases=prunings, examples=6)
 def check_dtype_is_kept(component: Any, example: Pruning) -> None:
     """Models of 16 bits stay so, with zeros outside the mask and finite outputs."""
-    unwanted(not _sound(ready(component, example)))
+    unwanted(not _sound(component, ready(component, example)))
     for dtype in ("bfloat16", "float16"):
         half = attrs.evolve(example, dtype=dtype)
-        model = half.network(component)
-        before = {name: one.dtype for name, one in model.named_parameters()}
         try:
-            result = component.prune(model, half.task(component, model))
+            outcome = pruned(component, half)
         except Exception as error:
             require(False, f"a model of {dtype}: {type(error).__name__}: {error}")
-        for name, one in result.model.named_parameters():
-            wanted = before.get(name, one.dtype)
+        for name, one in outcome.model.named_parameters():
+            wanted = outcome.parameters[name].dtype if name in outcome.parameters else one.dtype
             require(one.dtype == wanted, f"{name} was {wanted} and is {one.dtype}.")
-            if name in result.masks and result.masks[name].shape == one.shape:
-                left = (one != 0) & ~result.masks[name].keep
-                require(
-                    not left.any(), f"{int(left.sum())} hidden weights of {name} are not zero in {dtype}."
-                )
             require(one.isfinite().all(), f"{name} is not finite in {dtype}.")
+        for name, count in (_left(component, outcome) if outcome.same_form else {}).items():
+            require(False, f"{count} hidden weights of {name} are not what they must be in {dtype}.")
 
 
-def _sound(outcome: Outcome) -> bool:
-    """Whether hidden weights are zero and all are finite."""
+def _sound(component: Any, outcome: Outcome) -> bool:
+    """Whether hidden weights are what they must be and all are finite."""
     finite = all(bool(one.isfinite().all()) for one in outcome.model.parameters())
-    return finite and not (outcome.same_form and _left(outcome))
+    return finite and not (outcome.same_form and _left(component, outcome))
 
 
 # -- randomness ----------------------------------------------------------------------------------------------

@@ -172,14 +172,28 @@ def keep_share(
     return {name: piece.view(one.shape) for (name, one), piece in zip(scores.items(), pieces)}
 
 
-def check_budget(pruner: Pruner, weights: Iterable[Weight], budget: Budget) -> None:
-    """Raise `BadBudget` when a pruner does not meet this kind of budget, or a pattern does not fit a weight."""
+def check_budget(pruner: Pruner, weights: Iterable[Weight], budget: Budget | None) -> Budget:
+    """The budget of a pruner that meets one.
+
+    Raises `BadBudget` when there is none, when the pruner does not meet this kind, or when a pattern does not fit a weight.
+    """
+    legal = ", ".join(sorted(pruner.budgets))
+    if budget is None:
+        raise BadBudget(f"{pruner.name} prunes to a budget and was given none; give it one of {legal}.")
+    refuse_budget(pruner, budget)
     if budget.kind not in pruner.budgets:
-        raise BadBudget(
-            f"{pruner.name} does not meet a budget of {budget.kind}; give it one of {', '.join(sorted(pruner.budgets))}."
-        )
+        raise BadBudget(f"{pruner.name} does not meet a budget of {budget.kind}; give it one of {legal}.")
     if budget.kind == "pattern":
         require_divisible(weights, budget)
+    return budget
+
+
+def refuse_budget(pruner: Pruner, budget: Budget | None) -> None:
+    """Raise `BadBudget` when a pruner that finds out itself how much it removes is given a budget."""
+    if budget is not None and not pruner.budgets:
+        raise BadBudget(
+            f"{pruner.name} finds out itself how much it removes and takes no budget; leave the {budget.kind} out."
+        )
 
 
 def keep_best(scores: Mapping[str, Tensor], budget: Budget, compare: Compare = "layer") -> dict[str, Tensor]:
