@@ -18,6 +18,7 @@ from maskwright.errors import (
     UnequalMaskCounts,
     UnsupportedLayout,
 )
+from maskwright.plugins.mixedae.claim import CHANCE, CLAIM, Watched, bind, masks, recognition, textures
 from maskwright.plugins.mixedae.masks import MixAssignment, assignment
 from maskwright.plugins.mixedae.objective import (
     MixedAutoencoder,
@@ -585,3 +586,50 @@ def test_a_neighbour_that_is_alike_tells_of_the_image_behind_it(alike, expected)
             joint[shown, (a1, a2)] = joint.get((shown, (a1, a2)), 0) + p
     assert information(masked) == pytest.approx(1.0)
     assert information(mixed) == pytest.approx(expected, abs=1e-7)
+
+
+# -- the claim -------------------------------------------------------------------------------------------------------
+
+
+def measured(mae=0.6, naive=0.5, whole=0.55, told=0.5, untold=0.3):
+    return {
+        "MAE: kNN accuracy": mae,
+        "naive mixing: kNN accuracy": naive,
+        "MixedAE: kNN accuracy": whole,
+        "keys of the own image, with the contrastive loss": told,
+        "keys of the own image, without the contrastive loss": untold,
+    }
+
+
+def test_the_claim_needs_every_part_in_every_seed():
+    assert CLAIM.decide([measured()] * 3)
+    failing = ({"mae": 0.45}, {"whole": 0.4}, {"told": 2 * CHANCE}, {"untold": 0.6})
+    assert not any(CLAIM.decide([measured(), measured(**one), measured()]) for one in failing)
+
+
+def test_the_share_of_keys_of_the_own_image_is_counted_key_by_key():
+    settings = MixedAutoencoder(segments=False, **SMALL)
+    watched = bind(lambda backbone: Watched(settings, backbone), channels=3, patch_size=4, seed=0)
+    share = recognition(watched, generator())
+    again = generator()
+    textures(256, again)
+    source = masks(256, again).keep.flatten(1).unflatten(0, (64, 4)).int().argmax(1)
+    own = [
+        int(source[group, q] == source[group, k])
+        for keep in watched.kept
+        for group, _, q, k in keep[:, :, 1:, 1:].nonzero().tolist()
+        if q != k
+    ]
+    assert len(watched.kept) == 2
+    assert share == pytest.approx(sum(own) / len(own), abs=1e-6)
+    assert CHANCE == 0.2
+
+
+def test_textures_differ_from_image_to_image_and_not_from_draw_to_draw():
+    drawn = textures(8, generator(3))
+    assert torch.equal(drawn, textures(8, generator(3)))
+    assert drawn.shape == (8, 3, 16, 16)
+    assert (
+        drawn.mean((2, 3)).std(0).min()
+        > 2 * drawn.flatten(2)[..., :128].mean(-1).sub(drawn.mean((2, 3))).std()
+    )
