@@ -1,11 +1,13 @@
 """MixedAE: the assignment, mixing and back, top-k attention, the contrastive loss, and that one image alone is MAE."""
 
 import itertools
+import json
 import math
 
 import attrs
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import maskwright
@@ -18,6 +20,8 @@ from maskwright.errors import (
     UnequalMaskCounts,
     UnsupportedLayout,
 )
+from maskwright.jobs import execute
+from maskwright.jobs.settings import resolve
 from maskwright.plugins.mixedae.claim import CHANCE, CLAIM, Watched, bind, masks, recognition, textures
 from maskwright.plugins.mixedae.masks import MixAssignment, assignment
 from maskwright.plugins.mixedae.objective import (
@@ -633,3 +637,24 @@ def test_textures_differ_from_image_to_image_and_not_from_draw_to_draw():
         drawn.mean((2, 3)).std(0).min()
         > 2 * drawn.flatten(2)[..., :128].mean(-1).sub(drawn.mean((2, 3))).std()
     )
+
+
+def test_a_job_trains_measures_and_shows_it(tmp_path):
+    settings = {
+        "objective": {"name": "mixedae", **SMALL},
+        "run": {"steps": 3, "batch_size": 8},
+        "model": {"width": 16, "depth": 1, "heads": 2},
+        "data": {"source": "digits"},
+    }
+    result = execute(resolve("pretrain", None, settings), folder=tmp_path, quiet=True)
+    assert result.summary["strategy"] == "mix-assignment"
+    assert math.isfinite(result.summary["held_out_loss"])
+    assert {"part.pixels", "part.contrast"} <= json.loads(
+        (tmp_path / "metrics.jsonl").read_text().split("\n")[0]
+    ).keys()
+    shown = load_file(tmp_path / "pictures.safetensors")
+    assert shown["masks"].bool().unflatten(0, (2, 4)).sum(1).eq(1).all()
+    keep = Mask(shown["masks"].bool()).upsample(tuple(shown["originals"].shape[2:])).keep[:, None]
+    changed = (shown["reconstructions"] - shown["originals"]).abs() * keep
+    assert changed.max() < 0.01
+    assert not torch.allclose(shown["reconstructions"], shown["originals"], atol=0.05)
