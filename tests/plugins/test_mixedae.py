@@ -1,11 +1,13 @@
 """MixedAE: the assignment, mixing and back, top-k attention, the contrastive loss, and that one image alone is MAE."""
 
 import itertools
+import json
 import math
 
 import attrs
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import maskwright
@@ -18,6 +20,9 @@ from maskwright.errors import (
     UnequalMaskCounts,
     UnsupportedLayout,
 )
+from maskwright.jobs import execute
+from maskwright.jobs.settings import resolve
+from maskwright.plugins.mixedae.claim import CHANCE, CLAIM, Watched, bind, masks, recognition, textures
 from maskwright.plugins.mixedae.masks import MixAssignment, assignment
 from maskwright.plugins.mixedae.objective import (
     MixedAutoencoder,
@@ -585,3 +590,71 @@ def test_a_neighbour_that_is_alike_tells_of_the_image_behind_it(alike, expected)
             joint[shown, (a1, a2)] = joint.get((shown, (a1, a2)), 0) + p
     assert information(masked) == pytest.approx(1.0)
     assert information(mixed) == pytest.approx(expected, abs=1e-7)
+
+
+# -- the claim -------------------------------------------------------------------------------------------------------
+
+
+def measured(mae=0.6, naive=0.5, whole=0.55, told=0.5, untold=0.3):
+    return {
+        "MAE: kNN accuracy": mae,
+        "naive mixing: kNN accuracy": naive,
+        "MixedAE: kNN accuracy": whole,
+        "keys of the own image, with the contrastive loss": told,
+        "keys of the own image, without the contrastive loss": untold,
+    }
+
+
+def test_the_claim_needs_every_part_in_every_seed():
+    assert CLAIM.decide([measured()] * 3)
+    failing = ({"mae": 0.45}, {"whole": 0.4}, {"told": 2 * CHANCE}, {"untold": 0.6})
+    assert not any(CLAIM.decide([measured(), measured(**one), measured()]) for one in failing)
+
+
+def test_the_share_of_keys_of_the_own_image_is_counted_key_by_key():
+    settings = MixedAutoencoder(segments=False, **SMALL)
+    watched = bind(lambda backbone: Watched(settings, backbone), channels=3, patch_size=4, seed=0)
+    share = recognition(watched, generator())
+    again = generator()
+    textures(256, again)
+    source = masks(256, again).keep.flatten(1).unflatten(0, (64, 4)).int().argmax(1)
+    own = [
+        int(source[group, q] == source[group, k])
+        for keep in watched.kept
+        for group, _, q, k in keep[:, :, 1:, 1:].nonzero().tolist()
+        if q != k
+    ]
+    assert len(watched.kept) == 2
+    assert share == pytest.approx(sum(own) / len(own), abs=1e-6)
+    assert CHANCE == 0.2
+
+
+def test_textures_differ_from_image_to_image_and_not_from_draw_to_draw():
+    drawn = textures(8, generator(3))
+    assert torch.equal(drawn, textures(8, generator(3)))
+    assert drawn.shape == (8, 3, 16, 16)
+    assert (
+        drawn.mean((2, 3)).std(0).min()
+        > 2 * drawn.flatten(2)[..., :128].mean(-1).sub(drawn.mean((2, 3))).std()
+    )
+
+
+def test_a_job_trains_measures_and_shows_it(tmp_path):
+    settings = {
+        "objective": {"name": "mixedae", **SMALL},
+        "run": {"steps": 3, "batch_size": 8},
+        "model": {"width": 16, "depth": 1, "heads": 2},
+        "data": {"source": "digits"},
+    }
+    result = execute(resolve("pretrain", None, settings), folder=tmp_path, quiet=True)
+    assert result.summary["strategy"] == "mix-assignment"
+    assert math.isfinite(result.summary["held_out_loss"])
+    assert {"part.pixels", "part.contrast"} <= json.loads(
+        (tmp_path / "metrics.jsonl").read_text().split("\n")[0]
+    ).keys()
+    shown = load_file(tmp_path / "pictures.safetensors")
+    assert shown["masks"].bool().unflatten(0, (2, 4)).sum(1).eq(1).all()
+    keep = Mask(shown["masks"].bool()).upsample(tuple(shown["originals"].shape[2:])).keep[:, None]
+    changed = (shown["reconstructions"] - shown["originals"]).abs() * keep
+    assert changed.max() < 0.01
+    assert not torch.allclose(shown["reconstructions"], shown["originals"], atol=0.05)
