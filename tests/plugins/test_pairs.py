@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from maskwright import MaskedTraining
+from maskwright import MaskedTraining, adapt
 from maskwright.errors import BackboneMismatch, CountsMismatch, MissingSignal, UsageError
 from maskwright.registry import Registry, check_fit, keeps_equal_counts, needs_equal_counts
 from maskwright.testing.backbones import NAMES, backbone, seeded
@@ -111,6 +111,59 @@ def take_a_step(strategy, objective, network):
     optimizer.step()
     assert model.steps == 1
     assert any(not torch.equal(now, then) for now, then in zip(trained, before))
+
+
+def small(family, **other):
+    """A tiny model of a family of transformers for images of 16 pixels, with weights that are random everywhere."""
+    import transformers
+
+    sizes = {"image_size": 16, "patch_size": 4, "num_attention_heads": 2, "num_hidden_layers": 2}
+    if family == "Swin":
+        sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    else:
+        sizes |= {"hidden_size": 16, "intermediate_size": 32}
+    config = getattr(transformers, f"{family}Config")(**sizes, **other)
+    with seeded(0):
+        model = getattr(transformers, f"{family}Model")(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+FAMILIES = {
+    "deit": lambda: small("DeiT"),
+    "beit": lambda: small("Beit", use_relative_position_bias=True, drop_path_rate=0.0),
+    "dinov2": lambda: small("Dinov2WithRegisters", num_register_tokens=2),
+    "swin": lambda: small("Swin", window_size=4, drop_path_rate=0.0),
+}
+ON_PATCHES = [name for name, kind in OBJECTIVES.items() if kind in ("patch", "grid")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("objective", ON_PATCHES)
+def test_a_family_of_transformers_trains_or_is_refused_before_the_first_step(objective, family):
+    """With a strategy that fits. Swin is refused wherever hidden patches are left out."""
+    learned, network = objective_of(objective), FAMILIES[family]()
+    fitting = next(one for one in map(strategy_of, STRATEGIES) if refusal(one, learned) is None)
+    error = refused(network, fitting, learned)
+    if error is None:
+        assert family != "swin" or learned.backbone == "grid"
+        take_a_step(fitting, learned, network)
+        return
+    assert family == "swin" or "encode" in str(error)
+    names = {type(network).__name__, type(adapt(network, "grid")).__name__}
+    assert any(name in str(error) for name in names)
+
+
+def refused(network, strategy, objective):
+    """What is said against a network when the objective is bound to it, or None."""
+    try:
+        with seeded(0):
+            MaskedTraining(network, strategy, objective)
+    except BackboneMismatch as error:
+        return error
+    return None
 
 
 MATCHES = [
