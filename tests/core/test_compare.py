@@ -240,7 +240,7 @@ def test_the_page_has_numbers_with_their_trivial_levels(tmp_path, quick_charts):
             "2.22 GFLOPs",
             "605 MB",
         ),
-        *("encoder before training 80 % 45 %", "always the commonest label 10 % 10 %"),
+        *("0.4 from 2", "encoder before training 80 % 45 %", "always the commonest label 10 % 10 %"),
         *("strategy.name", "hard-patches", "Mean ± standard deviation"),
     ):
         assert said in page.text

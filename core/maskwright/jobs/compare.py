@@ -163,8 +163,12 @@ def _keys(group: Group) -> list[str]:
 
 
 def numbers(run: Run) -> dict[str, float]:
-    """The numbers of a summary by their dotted names, and a pruned model's quality by its measure, as `perplexity_after`."""
+    """The numbers of a summary by their dotted names, the loss of the first step, which nothing had been learned before, and a
+    pruned model's quality by its measure, as `perplexity_after`."""
     found = {name: value for name, value in leaves(run.summary) if report.is_number(value)}
+    steps, losses = run.series("loss")
+    if steps[:1] == [1]:
+        found["untrained_loss"] = losses[0]
     quality = run.summary.get("quality")
     if isinstance(quality, Mapping):
         for when in ("before", "after"):
@@ -408,7 +412,11 @@ def _cell(column: Column, group: Group, groups: Sequence[Group]) -> tuple[str, s
     values = group.values(column.key)
     if not values:
         return "–", "", False
-    return (*spoken(values, column.speak), group.number in _best(column, groups))
+    mean, spread = spoken(values, column.speak)
+    # A loss has no other trivial level that all objectives share.
+    if column.key == "held_out_loss" and (first := group.values("untrained_loss")):
+        spread = f"{spread} from {say(float(f'{statistics.fmean(first):.2g}'))}".strip()
+    return mean, spread, group.number in _best(column, groups)
 
 
 def _best(column: Column, groups: Sequence[Group]) -> set[int]:

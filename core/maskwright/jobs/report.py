@@ -308,6 +308,7 @@ def _teachers_part(run: Run) -> str:
 ROWS = {
     "originals": "original",
     "masks": "what the model saw",
+    "other_views": "second view",
     "reconstructions": "reconstruction",
     "similarity": "alike to the framed patch",
     "components": "main components",
@@ -350,6 +351,8 @@ def cell(tensors: Mapping[str, Tensor], name: str, index: int) -> Figure:
     pixels, which = tensors["originals"][index], f"Held-out image {index + 1}"
     if name == "originals":
         return figure(pictures.picture(pixels), f"{which}, original")
+    if name == "other_views":
+        return figure(pictures.picture(tensors[name][index]), f"{which}, second view")
     if name == "similarity":
         chosen = tensors.get("chosen")
         place = (int(chosen[index, 0]), int(chosen[index, 1])) if chosen is not None else None
@@ -377,6 +380,8 @@ def pictures_caption(rows: Collection[str]) -> str:
     said = ["Held-out images."]
     if "masks" in rows:
         said.append("Grey patches were hidden from the model.")
+    if "other_views" in rows:
+        said.append("The second view is seen whole.")
     if "reconstructions" in rows:
         said.append(
             "In the reconstruction, only what was hidden is predicted; visible patches are shown as they are."
