@@ -251,15 +251,21 @@ def _differing(groups: Sequence[Group]) -> tuple[str, ...]:
 
 
 def _label(group: Group, groups: Sequence[Group]) -> str:
-    """The title, and where others share it, what sets this group apart from them."""
+    """The title, and where others share it, what sets this group apart from them: components first, the budget last."""
     alike = [one for one in groups if one.job == group.job and one.title == group.title]
+    order = {section: place for place, section in enumerate(("data", "model", "run"), 1)}
     apart = [
         f"{name.rpartition('.')[2].replace('_', ' ')} {_said(group.settings[name])}"
-        for name in _differing(alike)
+        for name in sorted(_differing(alike), key=lambda name: order.get(name.partition(".")[0], 0))
         if name in group.settings
     ]
-    more = [f"and {len(apart) - 3} more"] if len(apart) > 4 else []
-    return ", ".join([group.title, *(apart[:3] if more else apart), *more])
+    more = [f"and {len(apart) - 2} more"] if len(apart) > 3 else []
+    return ", ".join([group.title, *(apart[:2] if more else apart), *more])
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _said(value: Any) -> str:
@@ -282,11 +288,11 @@ def _notices(groups: Sequence[Group], differ: Mapping[str, Sequence[str]]) -> It
             )
         for name, words in (("run.steps", "steps"), ("run.batch_size", "samples a step")):
             if name in differ[job]:
-                told = dict.fromkeys(_said(group.settings.get(name)) for group in of)
-                yield f"Not the same budget: {' and '.join(told)} {words}."
+                told = list(dict.fromkeys(_said(group.settings.get(name)) for group in of))
+                yield f"Not the same budget: {_listed(told)} {words}."
         models = [name for name in differ[job] if name.startswith("model.")]
         if models:
-            yield f"Not the same model: they differ in {', '.join(models)}."
+            yield f"Not the same model: they differ in {_listed(models)}."
         if len(of) > 1 and not any(len(group.runs) > 1 for group in of):
             yield f"One seed of each {job} run: small differences may be chance. Run more seeds to see a spread."
     for group in groups:
