@@ -149,6 +149,13 @@ def test_labels_say_what_sets_groups_of_one_title_apart_and_no_more(tmp_path):
 # -- what cannot be compared -------------------------------------------------------------------------------------
 
 
+def test_labels_begin_with_what_tells_most(tmp_path):
+    told = compare.compare(
+        [pretrained(tmp_path / "a"), pretrained(tmp_path / "b", steps=40, ratio=0.5, data="photographs")]
+    )
+    assert told.groups[1].label == "random × mae, ratio 0.5, source photographs, steps 40"
+
+
 def test_other_data_and_another_budget_are_said(tmp_path):
     told = compare.compare(
         [pretrained(tmp_path / "a"), pretrained(tmp_path / "b", data="photographs", steps=40, seed=1)]
@@ -168,6 +175,7 @@ def test_an_unfinished_run_counts_with_its_curve_only(tmp_path, quick_charts):
     assert "unfinished" in page.text
     curves = [list(groups) for groups, how in (one for one in quick_charts if len(one) == 2)]
     assert ["2  random × hpm"] in curves
+    assert told.jobs == ["pretrain"], "what kind it is of, its run.toml says"
 
 
 def test_runs_of_different_kinds_have_tables_of_their_own(tmp_path):
@@ -240,7 +248,7 @@ def test_the_page_has_numbers_with_their_trivial_levels(tmp_path, quick_charts):
             "2.22 GFLOPs",
             "605 MB",
         ),
-        *("encoder before training 80 % 45 %", "always the commonest label 10 % 10 %"),
+        *("0.4 from 2", "encoder before training 80 % 45 %", "always the commonest label 10 % 10 %"),
         *("strategy.name", "hard-patches", "Mean ± standard deviation"),
     ):
         assert said in page.text

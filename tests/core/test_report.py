@@ -218,7 +218,7 @@ def test_without_reconstructions_there_are_two_pictures_an_image(tmp_path):
     page = page_of(folder)
     assert sum(image["alt"].startswith("Held-out") for image in page.images) == 4
     assert "hidden part predicted" not in page.html
-    assert 'class="pictures rows-2"' in page.html
+    assert 'class="pictures" style="--rows: 2"' in page.html
 
 
 @pytest.mark.parametrize(
@@ -656,11 +656,11 @@ def test_where_nothing_is_reconstructed_the_features_are_shown(tmp_path):
         "Held-out image 1, how much each patch's feature is like that of the framed one",
         "Held-out image 1, main components of the patches' features as colours",
     ]
-    assert 'class="pictures rows-4"' in page.html
+    assert 'class="pictures" style="--rows: 4"' in page.html
     assert "cosine 1" in page.text
     save_file(
         {**pixels, **maps, "reconstructions": torch.rand(2, 3, 32, 32)}, folder / "pictures.safetensors"
     )
     page = page_of(folder)
     assert "cosine 1" not in page.text
-    assert 'class="pictures rows-3"' in page.html
+    assert 'class="pictures" style="--rows: 3"' in page.html

@@ -142,7 +142,7 @@ def test_names_outlive_the_process_that_found_them(tmp_path):
     with first.path.open("a") as file:
         file.write('{"file": "c.p')  # a kill
     assert Skipped(tmp_path).all() == {"a.png": "it is no image", "b.png": "it breaks off"}
-    assert len(first.path.read_text().splitlines()) == 4
+    assert len(first.path.read_text().splitlines()) == 4  # each wrote what it had not read when it began
 
 
 def test_data_that_are_all_damaged_end_the_run_before_it_begins(tmp_path):

@@ -163,8 +163,8 @@ class TransformersBeit(TransformersBlocks):
         if self.model.shared_position_bias is not None:
             told["attention_mask"] = self.model.shared_position_bias(self.grid)
         if places is not None:
-            register_attention()
-            if self.model.config._attn_implementation != ATTENTION:
+            if self.model.config._attn_implementation not in ENTRANCES:
+                register_attention()
                 self.model.set_attn_implementation(ATTENTION)
             # Its places among all tokens of the model: the class token is the first.
             told["places"] = torch.nn.functional.pad(places + 1, (1, 0))
@@ -304,6 +304,10 @@ ATTENTION = "maskwright"
 """The attention implementation under which transformers' models take an `AttentionMask`, and their layers a `ScoreRule`."""
 
 
+ENTRANCES = {ATTENTION}
+"""Attention implementations by which rules and places enter: this one, and others that hand on to `attention_forward`."""
+
+
 def register_attention() -> None:
     """Make `attn_implementation="maskwright"` known to transformers.
 
@@ -313,7 +317,7 @@ def register_attention() -> None:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, _attention_mask)
 
 
@@ -326,7 +330,7 @@ def _attention_mask(*sizes: Any, attention_mask: Any = None, **arguments: Any) -
     return sdpa_mask(*sizes, attention_mask=attention_mask, **arguments)
 
 
-def _attention(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -163,8 +163,12 @@ def _keys(group: Group) -> list[str]:
 
 
 def numbers(run: Run) -> dict[str, float]:
-    """The numbers of a summary by their dotted names, and a pruned model's quality by its measure, as `perplexity_after`."""
+    """The numbers of a summary by their dotted names, the loss of the first step, which nothing had been learned before, and a
+    pruned model's quality by its measure, as `perplexity_after`."""
     found = {name: value for name, value in leaves(run.summary) if report.is_number(value)}
+    steps, losses = run.series("loss")
+    if steps[:1] == [1]:
+        found["untrained_loss"] = losses[0]
     quality = run.summary.get("quality")
     if isinstance(quality, Mapping):
         for when in ("before", "after"):
@@ -247,15 +251,21 @@ def _differing(groups: Sequence[Group]) -> tuple[str, ...]:
 
 
 def _label(group: Group, groups: Sequence[Group]) -> str:
-    """The title, and where others share it, what sets this group apart from them."""
+    """The title, and where others share it, what sets this group apart from them: components first, the budget last."""
     alike = [one for one in groups if one.job == group.job and one.title == group.title]
+    order = {section: place for place, section in enumerate(("data", "model", "run"), 1)}
     apart = [
         f"{name.rpartition('.')[2].replace('_', ' ')} {_said(group.settings[name])}"
-        for name in _differing(alike)
+        for name in sorted(_differing(alike), key=lambda name: order.get(name.partition(".")[0], 0))
         if name in group.settings
     ]
-    more = [f"and {len(apart) - 3} more"] if len(apart) > 4 else []
-    return ", ".join([group.title, *(apart[:3] if more else apart), *more])
+    more = [f"and {len(apart) - 2} more"] if len(apart) > 3 else []
+    return ", ".join([group.title, *(apart[:2] if more else apart), *more])
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _said(value: Any) -> str:
@@ -278,11 +288,11 @@ def _notices(groups: Sequence[Group], differ: Mapping[str, Sequence[str]]) -> It
             )
         for name, words in (("run.steps", "steps"), ("run.batch_size", "samples a step")):
             if name in differ[job]:
-                told = dict.fromkeys(_said(group.settings.get(name)) for group in of)
-                yield f"Not the same budget: {' and '.join(told)} {words}."
+                told = list(dict.fromkeys(_said(group.settings.get(name)) for group in of))
+                yield f"Not the same budget: {_listed(told)} {words}."
         models = [name for name in differ[job] if name.startswith("model.")]
         if models:
-            yield f"Not the same model: they differ in {', '.join(models)}."
+            yield f"Not the same model: they differ in {_listed(models)}."
         if len(of) > 1 and not any(len(group.runs) > 1 for group in of):
             yield f"One seed of each {job} run: small differences may be chance. Run more seeds to see a spread."
     for group in groups:
@@ -408,7 +418,11 @@ def _cell(column: Column, group: Group, groups: Sequence[Group]) -> tuple[str, s
     values = group.values(column.key)
     if not values:
         return "–", "", False
-    return (*spoken(values, column.speak), group.number in _best(column, groups))
+    mean, spread = spoken(values, column.speak)
+    # A loss has no other trivial level that all objectives share.
+    if column.key == "held_out_loss" and (first := group.values("untrained_loss")):
+        spread = f"{spread} from {say(float(f'{statistics.fmean(first):.2g}'))}".strip()
+    return mean, spread, group.number in _best(column, groups)
 
 
 def _best(column: Column, groups: Sequence[Group]) -> set[int]:

@@ -58,7 +58,7 @@ class Terms:
     """The budget that all entries share, and the data that they are compared on."""
 
     data: tuple[str, ...] = ("digits", "rotated-photographs")
-    steps: int = 500
+    steps: int = 400
     batch_size: int = 32
     seeds: tuple[int, ...] = (0, 1, 2)
     width: int = 64

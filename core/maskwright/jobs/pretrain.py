@@ -19,7 +19,7 @@ from maskwright.jobs.costs import Costs
 from maskwright.jobs.probes import knn_accuracy, linear_accuracy
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings, resolve
-from maskwright.jobs.skipped import Skipped
+from maskwright.jobs.skipped import Skipped, as_summary
 from maskwright.jobs.training import MaskedTraining
 from maskwright.mask import AttentionMask
 from maskwright.protocols import MaskStrategy, Objective, Step
@@ -275,9 +275,7 @@ def conclude(run: Run, trained: Trained) -> Result:
         summary |= probes(trained, run)
         files["preprocessor_config.json"] = preprocessing(source)
         skipped.note(unreadable(source))
-        found = skipped.all()
-        summary["skipped"] = len(found)
-        summary["skipped_files"] = [{"file": name, "reason": reason} for name, reason in found.items()]
+        summary |= as_summary(skipped.all())
     summary["data"] = source.summary
     return run.finish(
         summary,

@@ -72,7 +72,9 @@ class Run:
     @property
     def job(self) -> str:
         """ "pretrain", "prune", "sample", or "run" where no file says."""
-        return str(self.summary.get("job") or self.settings.get("job") or "run")
+        section = self.settings.get("run")
+        set_there = section.get("job") if isinstance(section, Mapping) else None
+        return str(self.summary.get("job") or set_there or self.settings.get("job") or "run")
 
     @property
     def finished(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from maskwright.errors import OutputError
 
@@ -16,7 +17,7 @@ class Skipped:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self._noted: set[str] = set()
+        self._noted = set(self.all())
 
     def note(self, damage: Mapping[str, str]) -> None:
         """Write down what this process has not yet. Raises `OutputError` when the file cannot be written."""
@@ -50,4 +51,10 @@ class Skipped:
         return dict(sorted(found.items()))
 
 
-__all__ = ["FILE", "Skipped"]
+def as_summary(found: Mapping[str, str]) -> dict[str, Any]:
+    """Names and reasons as they stand in summary.json."""
+    files = [{"file": name, "reason": reason} for name, reason in sorted(found.items())]
+    return {"skipped": len(files), "skipped_files": files}
+
+
+__all__ = ["FILE", "Skipped", "as_summary"]
