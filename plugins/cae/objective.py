@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
+from maskwright.backbones import encode_visible
 from maskwright.errors import BadParameter, UnequalMaskCounts
 from maskwright.toolkit.decoders import initialize_linear
 from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify, sincos_positions
@@ -179,9 +180,8 @@ class BoundContextAutoencoder(BoundObjective):
 
     def encode(self, pixels: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         """[B, C, H, W] → the encoder's latents of visible patches [B, V, D], class token dropped, and the same projected."""
-        tokens = mask.gather_visible(self.backbone.patches(pixels) + self.backbone.positions)
-        prefix = self.backbone.prefix(len(pixels))
-        latents = self.backbone.encode(torch.cat([prefix, tokens], 1))[:, prefix.shape[1] :]
+        encoded = encode_visible(self.backbone, self.backbone.patches(pixels) + self.backbone.positions, mask)
+        latents = encoded[:, self.backbone.prefix(1).shape[1] :]
         return latents, self.project(latents)
 
     def regress(self, visible: Tensor, mask: Mask, generator: torch.Generator | None = None) -> Tensor:

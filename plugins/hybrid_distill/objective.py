@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, StagedMask, adapt, setting
+from maskwright.backbones import encode_visible
 from maskwright.backbones.teachers import NORMALIZATIONS, Projections, VisionTeacher, make_watchable, watch
 from maskwright.errors import BackboneMismatch, BadParameter, UnequalMaskCounts
 
@@ -239,18 +240,16 @@ class BoundHybridDistill(BoundObjective):
     def _encode(self, pixels: Tensor, stages: list[Mask], starts: list[int]) -> tuple[Tensor, int]:
         """The student on fewer tokens at each stage: final tokens [B, P+K, D], and P."""
         try:
-            tokens = stages[0].gather_visible(self.backbone.patches(pixels) + self.backbone.positions)
             drops = [
                 Mask(after.keep.gather(1, before.visible_indices())) for before, after in pairwise(stages)
             ]
-            for drop in drops:
-                drop.visible_indices()
+            for one in (stages[0], *drops):
+                one.visible_indices()
         except UnequalMaskCounts as error:
             raise UnequalMaskCounts(
                 f"hybrid-distill drops hidden patches, so each image must keep the same number of them. {error}"
             ) from None
-        prefix = self.backbone.prefix(len(pixels))
-        length = prefix.shape[1]
+        length = self.backbone.prefix(1).shape[1]
 
         def between(block: int, tokens: Tensor) -> Tensor:
             for start, drop in zip(starts[1:], drops):
@@ -264,7 +263,8 @@ class BoundHybridDistill(BoundObjective):
                 "add it (see PatchBackbone), or use a strategy without stages."
             )
         told = {"between": between} if drops else {}
-        return self.backbone.encode(torch.cat([prefix, tokens], 1), **told), length
+        tokens = self.backbone.patches(pixels) + self.backbone.positions
+        return encode_visible(self.backbone, tokens, stages[0], **told), length
 
     def _relations(self, student: Projections, told: Signals, its: int, alive: Mask, prefix: int) -> Tensor:
         """Mean distance of the chosen relations of one block, among the tokens alive there."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
+from maskwright.backbones import encode_visible
 from maskwright.backbones.teachers import NORMALIZATIONS, VisionTeacher
 from maskwright.errors import BadParameter, UnequalMaskCounts
 from maskwright.toolkit.decoders import initialize_linear
@@ -130,15 +131,13 @@ class BoundMaskAlign(BoundObjective):
         """[B, C, H, W] → S_1 … S_S, each [B, P+K, D]: the student's blocks on visible patches, before its final norm."""
         tokens = self.backbone.patches(pixels) + self.backbone.positions
         try:
-            visible = mask.gather_visible(tokens)
+            every: list[Tensor] = encode_visible(
+                self.backbone, tokens, mask, levels=range(self.backbone.depth)
+            )
         except UnequalMaskCounts as error:
             raise UnequalMaskCounts(
                 f"maskalign drops hidden patches, so each image must keep the same number of them. {error}"
             ) from None
-        prefix = self.backbone.prefix(len(pixels))
-        every: list[Tensor] = self.backbone.encode(
-            torch.cat([prefix, visible], 1), levels=range(self.backbone.depth)
-        )
         return every
 
     def mixed(self, every: list[Tensor]) -> Sequence[Tensor]:

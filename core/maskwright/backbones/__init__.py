@@ -211,14 +211,17 @@ def _check_dropping(module: nn.Module, protocol: type) -> None:
     )
 
 
-def encode_visible(backbone: Any, tokens: Tensor, mask: Mask, levels: Sequence[int] = ()) -> Any:
+def encode_visible(
+    backbone: Any, tokens: Tensor, mask: Mask, levels: Sequence[int] = (), **arguments: Any
+) -> Any:
     """[B, N, D] → [B, P+K, D]: prefix and visible tokens through a PatchBackbone, or a list of `levels`.
 
-    Unequal visible counts raise `UnequalMaskCounts`. A backbone with relative positions is told which patches they are.
+    Unequal visible counts raise `UnequalMaskCounts`. A backbone with relative positions is told which patches they are;
+    `arguments` are others of its `encode`.
     """
     visible = mask.gather_visible(tokens)
     relative = getattr(backbone, "relative_positions", False)
-    told = {"places": mask.visible_indices()} if relative else {}
+    told = {"places": mask.visible_indices(), **arguments} if relative else arguments
     return backbone.encode(torch.cat([backbone.prefix(len(tokens)), visible], dim=1), levels, **told)
 
 
