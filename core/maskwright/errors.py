@@ -50,8 +50,16 @@ class MissingSignal(UsageError):
     """A strategy needs a signal that the chosen objective does not provide."""
 
 
+class CountsMismatch(UsageError, ValueError):
+    """A strategy keeps unequal numbers of positions, and the objective needs equal ones."""
+
+
 class MissingColumn(UsageError):
     """An objective needs a batch column that the data do not have."""
+
+
+class OverlappingMasks(UsageError, ValueError):
+    """Rows that an objective mixes keep the same position, or the strategy does not promise that they will not."""
 
 
 class BackboneMismatch(UsageError, TypeError):

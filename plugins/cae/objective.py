@@ -106,6 +106,7 @@ class ContextAutoencoder:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset()
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     default_strategy: ClassVar[dict[str, Any]] = {"name": "block", "ratio": 0.5, "exact": True}
     # Without drawn branches the kit can compare rows.
     example_parameters: ClassVar[dict[str, Any]] = {

@@ -57,6 +57,7 @@ class MaskAlign:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset({"attention"})
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     default_strategy: ClassVar[str] = "attentive"
 
     teacher: Any = setting(None, "a vision transformer of transformers, or its folder", optional=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 import maskwright
 from maskwright import Layout, Mask, adapt
 from maskwright.jobs.claims import Claim
+from maskwright.jobs.comparison import Entry
 from maskwright.jobs.pretrain import parameter_groups, pooled
 from maskwright.jobs.probes import knn_accuracy, linear_accuracy
 from maskwright.plugins.spark.objective import BoundSpark, Spark
@@ -191,4 +192,17 @@ CLAIM = Claim(
     "of the gain is said by the paper's ablation, whose numbers could not be read",
     note="the verdict is about the structure alone. The trainings beside it (a ResNet of two stages, 100 steps of 64 digits at 32 px, "
     "cells of 8 px, decoder of width 64, AdamW in place of LAMB) decide nothing. In the dense network noise takes the place of zeros.",
+)
+
+ENTRIES = (
+    Entry(
+        {
+            "objective.name": "spark",
+            "objective.decoder_width": 32,
+            "model.width": 16,
+            "model.depth": 2,
+            "data.size": 64,
+        },
+        note="a ResNet, whose features lie 16 pixels apart: images are enlarged to 4 × 4 of them",
+    ),
 )

@@ -218,7 +218,7 @@ def test_without_reconstructions_there_are_two_pictures_an_image(tmp_path):
     page = page_of(folder)
     assert sum(image["alt"].startswith("Held-out") for image in page.images) == 4
     assert "hidden part predicted" not in page.html
-    assert 'class="pictures rows-2"' in page.html
+    assert 'class="pictures" style="--rows: 2"' in page.html
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,7 @@ def pruned(path, layers=3, **changes):
     summary = {
         "job": "prune",
         "finished": True,
-        "perplexity_before": 21.5,
-        "perplexity_after": 30.25,
+        "quality": {"measure": "perplexity", "better": "lower", "before": 21.5, "after": 30.25},
         "sparsity": 0.5,
         "budget": {"pattern": None, "sparsity": 0.5},
         "layers": each,
@@ -367,7 +366,13 @@ def test_a_pruning_without_layers_still_has_a_page(tmp_path):
         "perplexity after"
         in page_of(
             run_folder(
-                tmp_path, summary={"job": "prune", "finished": True, "perplexity_after": 3.0, "sizes": "?"}
+                tmp_path,
+                summary={
+                    "job": "prune",
+                    "finished": True,
+                    "quality": {"measure": "perplexity", "after": 3.0},
+                    "sizes": "?",
+                },
             )
         ).text
     )
@@ -601,3 +606,61 @@ def test_a_run_says_its_series_and_names(tmp_path):
     assert run.metric_names() == ["loss", "lr"]
     assert run.job == "run"
     assert SimpleNamespace(finished=run.finished).finished is False
+
+
+# -- what a step costs, and what is there for nothing -------------------------------------------------------------
+
+
+def test_costs_and_the_probes_before_stand_among_the_numbers(tmp_path):
+    summary = {
+        "job": "pretrain",
+        "finished": True,
+        "linear_probe": 0.9,
+        "linear_probe_before": 0.8,
+        "seconds_per_step": 0.0321,
+        "flops_per_step": 2_220_000_000,
+        "flops_without_gradient": 770_000_000,
+        "peak_memory": 605_000_000,
+    }
+    page = page_of(pretrained(tmp_path, summary=summary))
+    for said in (
+        "90 % held out; 80 % before",
+        "time a step 32.1 ms median",
+        "FLOPs a step 2.22 G 770 M of them without gradient",
+        "peak memory 605 MB",
+    ):
+        assert said in page.text
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 FLOPs"), (999, "999 FLOPs"), (1.04e12, "1.04 TFLOPs"), (3e18, "3e+03 PFLOPs")]
+)
+def test_operations_have_prefixes(count, said):
+    assert report.flops(count).replace("\N{NO-BREAK SPACE}", " ") == said
+
+
+def test_where_nothing_is_reconstructed_the_features_are_shown(tmp_path):
+    folder = pretrained(tmp_path, count=2)
+    maps = {
+        "chosen": torch.ones(2, 2, dtype=torch.int64),
+        "similarity": torch.rand(2, 4, 4),
+        "components": torch.rand(2, 3, 4, 4),
+    }
+    pixels = {"originals": torch.rand(2, 3, 32, 32), "masks": torch.ones(2, 4, 4, dtype=torch.bool)}
+    save_file({**pixels, **maps}, folder / "pictures.safetensors")
+    page = page_of(folder)
+    rows = [image["alt"] for image in page.images if image["alt"].startswith("Held-out image 1")]
+    assert rows == [
+        "Held-out image 1, original",
+        "Held-out image 1 as the model saw it: 0\N{NO-BREAK SPACE}% hidden",
+        "Held-out image 1, how much each patch's feature is like that of the framed one",
+        "Held-out image 1, main components of the patches' features as colours",
+    ]
+    assert 'class="pictures" style="--rows: 4"' in page.html
+    assert "cosine 1" in page.text
+    save_file(
+        {**pixels, **maps, "reconstructions": torch.rand(2, 3, 32, 32)}, folder / "pictures.safetensors"
+    )
+    page = page_of(folder)
+    assert "cosine 1" not in page.text
+    assert 'class="pictures" style="--rows: 3"' in page.html

@@ -189,7 +189,7 @@ def test_command_line_page_names_every_key_of_list_as_json():
 def test_command_line_page_names_every_command():
     page = (ROOT / "docs/command-line.md").read_text("utf-8").partition("```sh")[0]
     assert set(
-        re.findall(r"`(\w+)[^`]*`", "\n".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)))
+        re.findall(r"`([\w-]+)[^`]*`", "\n".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)))
     ) == set(cli.table)
 
 

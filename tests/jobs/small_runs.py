@@ -52,8 +52,9 @@ def run(folder: Path, *, resume: bool = False, observers=(), **changes: object):
 
 
 def lines(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, without the seconds, which no two runs share."""
+    whole = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in whole]
 
 
 def process(

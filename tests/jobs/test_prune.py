@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tokenizers import models as tokenizer_models
 from tokenizers import pre_tokenizers, trainers
 
 from maskwright import PruneResult, SparsityReport, load_masks
-from maskwright.backbones.defaults import causal_language_model, masked_language_model
+from maskwright.backbones.defaults import causal_language_model
 from maskwright.errors import BadBudget, BadModel, BadRunFile, NumericalError, OutputError, UsageError
 from maskwright.jobs import execute, pretrain
 from maskwright.jobs.prune import prune, rule_of
@@ -49,6 +50,12 @@ WORDS = [
     "norm",
 ]
 LENGTH = 16
+
+
+SMALL_BERT = transformers.BertConfig(
+    **{"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"intermediate_size": 32, "max_position_embeddings": 32},
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +125,9 @@ def test_a_users_model_is_pruned_and_what_was_saved_is_counted(tmp_path, text, l
     assert (summary["job"], summary["finished"], summary["pruner"]) == ("prune", True, name)
     assert summary["budget"] == {"pattern": "2:4"}
     assert summary["sparsity"] == 0.5
-    assert summary["perplexity_before"] > 1
-    assert summary["perplexity_after"] != summary["perplexity_before"]
-    assert summary["calibration_tokens"] == 12 * LENGTH
+    assert summary["quality"]["before"] > 1
+    assert summary["quality"]["after"] != summary["quality"]["before"]
+    assert summary["calibration_samples"] == 12
     masks, saved = load_masks(tmp_path / "run" / "masks.safetensors"), reloaded(tmp_path / "run" / "model")
     assert [layer["name"] for layer in summary["layers"]] == list(masks)
     for layer in summary["layers"]:
@@ -157,7 +164,7 @@ def test_a_sparsity_is_met_exactly(tmp_path, text, llama):
 def test_without_a_model_the_embedded_one_is_trained_first(tmp_path, text, quick):
     result = run(tmp_path / "run", text, **SMALL)
     base = json.loads((tmp_path / "run" / "base" / "summary.json").read_text())
-    assert base["perplexity"] == pytest.approx(result.summary["perplexity_before"], rel=0.05)
+    assert base["perplexity"] == pytest.approx(result.summary["quality"]["before"], rel=0.05)
     dense, pruned = (reloaded(tmp_path / "run" / part / "model") for part in ("base", "."))
     masks = load_masks(tmp_path / "run" / "masks.safetensors")
     for name, parameter in dense.named_parameters():
@@ -178,7 +185,7 @@ def test_the_prunable_weights_are_chosen_in_the_run_file(tmp_path, text, llama):
 
 def test_calibration_is_as_long_as_asked(tmp_path, text, llama):
     summary = run(tmp_path / "run", text, llama, run__calibration=6, pruner__name="wanda").summary
-    assert summary["calibration_tokens"] == 6 * LENGTH
+    assert summary["calibration_samples"] == 6
 
 
 # -- a tokenizer of the user's own -----------------------------------------------------------------------------------
@@ -197,7 +204,7 @@ def test_a_tokenizer_that_has_no_end_of_document_adds_nothing_to_the_model(tmp_p
     result = run(tmp_path / "run", text, tmp_path / "model")
     assert reloaded(tmp_path / "run" / "model").config.vocab_size == size
     # An untrained model of this size guesses among its tokens.
-    assert result.summary["perplexity_before"] == pytest.approx(size, rel=0.2)
+    assert result.summary["quality"]["before"] == pytest.approx(size, rel=0.2)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, text, llama):
@@ -366,7 +373,7 @@ def test_a_trained_pruner_that_was_killed_comes_to_the_same_masks(tmp_path, text
     whole = run(tmp_path / "whole", text, **MASKLLM)
     one, other = (load_masks(folder / "masks.safetensors") for folder in (killed, tmp_path / "whole"))
     assert all(torch.equal(one[name].keep, other[name].keep) for name in other)
-    assert resumed.summary["perplexity_after"] == whole.summary["perplexity_after"]
+    assert resumed.summary["quality"]["after"] == whole.summary["quality"]["after"]
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     expected = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert lines == expected
@@ -377,12 +384,14 @@ def test_training_sees_more_text_than_calibration(tmp_path, text, llama):
     """Each step has its own batch: twelve calibration sequences would be three batches again and again."""
     from maskwright.jobs.prune import RunTask
     from maskwright.jobs.run import Run
+    from maskwright.jobs.workloads import causal_text
     from maskwright.protocols import Budget, Step
 
     settings = resolve("prune", None, {"data.source": str(text), "run.batch_size": 4})
     source = load_text(text, length=LENGTH, vocabulary=300)
     with Run(settings, folder=tmp_path / "run", quiet=True) as opened:
-        task = RunTask(budget=Budget(sparsity=0.5), run=opened, source=source)
+        work = causal_text(None, source)
+        task = RunTask(budget=Budget(sparsity=0.5), run=opened, work=work)
         batches = [task.batch(Step(index, 100))["tokens"] for index in range(len(source) // 4 + 2)]
     assert {batch.shape for batch in batches} == {(4, LENGTH)}
     rows = {tuple(row) for batch in batches for row in batch.tolist()}
@@ -434,9 +443,9 @@ def test_folders_that_hold_no_causal_language_model_in_safetensors_are_refused(t
     (pickled / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(BadModel, match="pickle only"):
         run(tmp_path / "c", text, pickled)
-    model = masked_language_model(vocabulary=300, length=32, mask_token=2, width=16, depth=1, heads=2)
-    saved_model(tmp_path / "bert", text, model=model)
-    with pytest.raises(BadModel, match="is a BertForMaskedLM; this job measures perplexity"):
+    tagger = transformers.BertForTokenClassification(SMALL_BERT)
+    saved_model(tmp_path / "bert", text, model=tagger)
+    with pytest.raises(BadModel, match="is a BertForTokenClassification; this job measures"):
         run(tmp_path / "d", text, tmp_path / "bert")
     with pytest.raises(BadModel, match=r"takes 32 tokens, data\.length=64"):
         run(tmp_path / "e", text, llama, data__length=64)
@@ -450,7 +459,7 @@ def test_a_pruner_that_needs_more_than_text_is_refused(tmp_path, text, llama):
         kind = "pruner"
         name = "merging"
         modalities = frozenset({"text"})
-        needs = frozenset({"batches", "experts"})
+        needs = frozenset({"batches", "teacher"})
         budgets = frozenset({"sparsity"})
         changes_weights = True
 
@@ -458,8 +467,100 @@ def test_a_pruner_that_needs_more_than_text_is_refused(tmp_path, text, llama):
             raise AssertionError
 
     settings = resolve("prune", None, {"pruner.name": "merging"}, registry=registry)
-    with pytest.raises(UsageError, match="'merging' needs experts, which this job does not have"):
+    with pytest.raises(UsageError, match="'merging' needs teacher, which this job does not have"):
         execute(settings, folder=tmp_path / "run", registry=registry, quiet=True)
+
+
+class Asks:
+    """Keeps everything, and remembers what it was given."""
+
+    kind = "pruner"
+    name = "asks"
+    modalities = frozenset({"text"})
+    needs = frozenset({"experts", "clients"})
+    budgets = frozenset()
+    changes_weights = False
+    seen = None
+
+    def prune(self, model, task):
+        type(self).seen = (
+            task.extras,
+            {name: one.score(model) for name, one in task.extras["experts"].items() if one.score is not None},
+        )
+        masks = {
+            weight.name: weight.mask(torch.ones(weight.shape, dtype=torch.bool))
+            for weight in prunable_weights(model, task.prunable)
+        }
+        return PruneResult(model, masks, SparsityReport.of(masks))
+
+
+def test_experts_and_clients_come_from_the_run_file(tmp_path, text, llama):
+    registry = Registry(third_party=False)
+    registry.register(Asks)
+    tuned = tmp_path / "tuned"
+    shutil.copytree(llama, tuned)
+    tensors = load_file(tuned / "model.safetensors")
+    save_file(
+        {name: one + 0.5 for name, one in tensors.items()}, tuned / "model.safetensors", {"format": "pt"}
+    )
+    changes = {
+        **{
+            "pruner.name": "asks",
+            "model.source": str(llama),
+            "data.source": str(text),
+            "data.length": LENGTH,
+        },
+        **{"run.clients": 3, "run.batch_size": 8},
+        **{
+            "experts.tuned.model": str(tuned),
+            "experts.tuned.data": str(text),
+            "experts.same.model": str(llama),
+        },
+    }
+    settings = resolve("prune", None, changes, registry=registry)
+    again = tmp_path / "run.toml"
+    again.write_text(settings.toml())
+    assert resolve("prune", again, registry=registry).experts == settings.experts
+    result = execute(settings, folder=tmp_path / "run", registry=registry, quiet=True)
+    extras, scores = Asks.seen
+    assert set(extras["experts"]) == {"tuned", "same"}
+    assert scores == {"tuned": pytest.approx(-result.summary["quality"]["before"])}, (
+        "it has data; same has none"
+    )
+    moved = extras["experts"]["tuned"].state["model.norm.weight"] - tensors["model.norm.weight"]
+    assert torch.allclose(moved, torch.full_like(moved, 0.5))
+    rows = [
+        {tuple(row) for batch in client for row in batch["tokens"].tolist()} for client in extras["clients"]
+    ]
+    assert len(rows) == 3
+    assert len(rows[0] | rows[1] | rows[2]) == sum(map(len, rows)), "no sample is with two clients"
+    sizes = [sum(len(batch["tokens"]) for batch in client) for client in extras["clients"]]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_experts_that_are_missing_or_of_another_architecture_are_told(tmp_path, text, llama):
+    registry = Registry(third_party=False)
+    registry.register(Asks)
+    changes = {
+        "pruner.name": "asks",
+        "model.source": str(llama),
+        "data.source": str(text),
+        "data.length": LENGTH,
+    }
+
+    def failed(**more):
+        settings = resolve("prune", None, {**changes, **more}, registry=registry)
+        folder = tmp_path / str(len(more))
+        execute(settings, folder=folder, registry=registry, quiet=True)
+
+    with pytest.raises(UsageError, match=r"name them with --set experts\.NAME\.model=FOLDER"):
+        failed()
+    other = causal_language_model(vocabulary=300, length=32, width=16, depth=1, heads=2)
+    saved_model(tmp_path / "other", text, model=other)
+    with pytest.raises(BadModel, match=r"'wide' in .* is of another architecture"):
+        failed(**{"experts.wide.model": str(tmp_path / "other")})
+    with pytest.raises(BadRunFile, match="wide must have a `model`, a folder"):
+        failed(**{"experts.wide.folder": "x"})
 
 
 class ShiftsSomeRows:

@@ -67,7 +67,7 @@ def read_model(folder: Path, kind: str, dtype: torch.dtype | str = torch.float32
     # Without this, transformers adds a pooler that no objective here trains.
     if (
         kind == "AutoModel"
-        and config["model_type"] in ("vit", "deit")
+        and config["model_type"] in ("vit", "deit", "beit", "swin")
         and not any("pooler." in one for one in names)
     ):
         given["add_pooling_layer"] = False

@@ -100,15 +100,19 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.4g} ± {statistics.stdev(values):.2g}"
 
 
-def load_claim(plugin: PluginInfo) -> Claim:
-    """The CLAIM of a plugin. Raises `UnknownComponent` when it has none, `PluginLoadError` when it cannot be imported."""
+def declared(plugin: PluginInfo, name: str) -> Any:
+    """What a plugin's claim.py has under a name; None where there is none. Raises `PluginLoadError` for one that fails."""
     try:
-        module: Any = _claim_module(plugin)
+        return getattr(_claim_module(plugin), name, None)
     except Exception as error:
         raise PluginLoadError(
             f"The claim of plugin {plugin.slug!r} could not be imported: {type(error).__name__}: {error}."
         ) from error
-    claim = getattr(module, "CLAIM", None)
+
+
+def load_claim(plugin: PluginInfo) -> Claim:
+    """The CLAIM of a plugin. Raises `UnknownComponent` when it has none, `PluginLoadError` when it cannot be imported."""
+    claim = declared(plugin, "CLAIM")
     if not isinstance(claim, Claim):
         raise UnknownComponent(
             f"Plugin {plugin.slug!r} has no claim: a module `claim` with CLAIM = maskwright.jobs.claims.Claim(…)."
@@ -145,12 +149,37 @@ def with_claims(
         and (folder := plugin_folder(plugin)) is not None
         and (folder / "claim.py").is_file()
     ]
-    families = sorted({plugin.family for plugin in every if plugin.family})
-    if family is not None and family not in families:
-        raise UnknownComponent(
-            f"There is no family {family!r}.{did_you_mean(family, families)} Families are {', '.join(families) or 'none'}."
-        )
+    if family is not None:
+        family = family_of(registry, family)
     return [plugin for plugin in chosen if family in (None, plugin.family)]
+
+
+def family_of(registry: Registry, name: str) -> str:
+    """The family of a name, which may leave out its plural's s. Raises `UnknownComponent` for one that there is not."""
+    families = sorted({plugin.family for plugin in registry.plugins() if plugin.family})
+    for family in (name, f"{name}s"):
+        if family in families:
+            return family
+    raise UnknownComponent(
+        f"There is no family {name!r}.{did_you_mean(name, families)} Families are {', '.join(families) or 'none'}."
+    )
+
+
+def keep_result(result: ClaimResult, path: Path) -> None:
+    """Keep a measured claim, for `kept_result`. Raises `OutputError` when it cannot be written."""
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, (json.dumps(result.as_json(), indent=2) + "\n").encode())
+
+
+def kept_result(plugin: PluginInfo, path: Path) -> ClaimResult | None:
+    """The result that was kept, unless there is none or the claim says something else by now."""
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        result = ClaimResult(plugin.slug, load_claim(plugin), tuple(kept["measurements"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return result if json.loads(json.dumps(result.as_json())) == kept else None
 
 
 def verify(plugin: PluginInfo, progress: Callable[[int, int], None] | None = None) -> ClaimResult:
@@ -217,12 +246,17 @@ def _first_sentence(text: str) -> str:
 
 def record_papers(registry: Registry) -> Path | None:
     """Write the table of the papers into the README.md beside the built-in catalogue; None where there is none."""
+    return record_block("papers", papers_table(registry))
+
+
+def record_block(name: str, content: str) -> Path | None:
+    """Write what stands between the markers of a name in the README.md beside the built-in catalogue; None where there are none."""
     readme = built_in_catalogue().parent / "README.md"
     text = readme.read_text("utf-8") if readme.is_file() else ""
-    if "<!-- papers -->" not in text:
+    if f"<!-- {name} -->" not in text:
         return None
     with _writing(readme):
-        write_whole(readme, replace_block(text, "papers", papers_table(registry)).encode())
+        write_whole(readme, replace_block(text, name, content).encode())
     return readme
 
 

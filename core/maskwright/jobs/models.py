@@ -26,7 +26,12 @@ def image_size(section: ModelSection) -> int | None:
     """Pixels a side of the images that a model folder takes; None where it does not say, or for the default model."""
     if section.source == DEFAULT:
         return None
-    size = read_config(Path(section.source)).get("image_size")
+    return size_in(read_config(Path(section.source)))
+
+
+def size_in(config: dict[str, Any]) -> int | None:
+    """Pixels a side of the images that a config is for; None where it does not say."""
+    size = config.get("image_size")
     return size if isinstance(size, int) else size[0] if isinstance(size, list) and size else None
 
 
@@ -36,7 +41,7 @@ def channels(section: ModelSection) -> int:
 
 
 def vision_model(section: ModelSection, *, size: int, seed: int, backbone: str = "patch") -> Any:
-    """A ViT ("patch") or ResNet ("conv"): the user's, or a small one for images of `size` pixels."""
+    """A ViT ("patch", "grid") or ResNet ("conv"): the user's, or a small one for images of `size` pixels."""
     if section.source != DEFAULT:
         return read_model(Path(section.source), "AutoModel")
     if backbone == "conv":
@@ -95,12 +100,15 @@ def language_model(section: ModelSection, source: TextSource, *, causal: bool, s
 
 def tokenizer_of(section: ModelSection) -> Path | None:
     """The tokenizer.json of a model folder; None for the default model. Raises `BadModel` where it is missing."""
-    if section.source == DEFAULT:
-        return None
-    read_config(Path(section.source))
-    path = Path(section.source) / "tokenizer.json"
+    return None if section.source == DEFAULT else tokenizer_in(Path(section.source))
+
+
+def tokenizer_in(folder: Path) -> Path:
+    """The tokenizer.json of a folder. Raises `BadModel` where it is missing."""
+    read_config(folder)
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise BadModel(
-            f"The model folder {section.source} has no tokenizer.json; save a fast tokenizer there with save_pretrained."
+            f"The model folder {folder} has no tokenizer.json; save a fast tokenizer there with save_pretrained."
         )
     return path

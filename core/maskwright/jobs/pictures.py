@@ -28,6 +28,8 @@ HIDDEN = (0.60, 0.62, 0.65)
 
 KEPT_CELL = (59, 130, 196)
 HIDDEN_CELL = (214, 219, 225)
+OPPOSITE_CELL = (217, 119, 43)
+FRAME = "#14171a"
 INK = "#767c85"
 """Text and axes: contrast 4:1 or better on white and on near-black."""
 
@@ -82,6 +84,24 @@ def mask_image(mask: Tensor | Mask, cell: int = 12) -> Image.Image:
             alpha[:, offset::cell] = 0
         images.append(Pillow.fromarray(torch.cat([painted, alpha], 2).numpy()))
     return images[0] if len(images) == 1 else grid_of(images, columns=len(images), gap=cell)
+
+
+def similarity_image(values: Tensor, chosen: tuple[int, int] | None = None, side: int = 160) -> Image.Image:
+    """Cosines [h, w] in [-1, 1]: blue is alike, pale is unrelated, orange is opposite. The place `chosen` (row, column) is framed."""
+    from PIL import ImageDraw
+
+    low, middle, high = (torch.tensor(colour).float() for colour in (OPPOSITE_CELL, HIDDEN_CELL, KEPT_CELL))
+    share = values.detach().cpu().float().nan_to_num().clamp(-1, 1)[..., None]
+    painted = torch.where(share < 0, middle.lerp(low, -share), middle.lerp(high, share))
+    image = enlarged(picture(painted.permute(2, 0, 1) / 255), side)
+    if chosen is not None:
+        cell = image.width // values.shape[1]
+        top, left = chosen[0] * cell, chosen[1] * cell
+        pen = ImageDraw.Draw(image)
+        pen.rectangle(
+            (left, top, left + cell - 1, top + cell - 1), outline=FRAME, width=max(1, round(cell / 10))
+        )
+    return image
 
 
 def attention_image(mask: AttentionMask, side: int = 256, *, batch: int = 0, head: int = 0) -> Image.Image:
@@ -253,6 +273,107 @@ def curve(
             borderaxespad=0.2,
             labelcolor=INK,
         )
+    return _rendered(figure)
+
+
+Line = tuple[Sequence[float], Sequence[float]]
+"""(x, y)"""
+
+
+def style(place: int) -> tuple[str, str]:
+    """(colour, line style) of the group at a place: after the colours have been through, lines are dashed, then dotted."""
+    return COLOURS[place % len(COLOURS)], ("-", "--", ":")[place // len(COLOURS) % 3]
+
+
+def compared_curves(
+    groups: Mapping[str, Sequence[Line]],
+    *,
+    places: Sequence[int] | None = None,
+    x_label: str = "step",
+    size: tuple[float, float] = (4.15, 2.7),
+) -> bytes:
+    """A line for each group of runs by name, as a PNG with a transparent background.
+
+    Of several runs the mean, where all of them have a value, on a band from the least to the most. Noisy lines are running
+    means. `places` are the groups' numbers, which decide their colours.
+    """
+    figure, axes = _axes(size)
+    for place, (name, runs) in zip(places or range(len(groups)), groups.items()):
+        colour, dashes = style(place)
+        lines = [_readable(*run) for run in runs]
+        x = np.unique(np.concatenate([line[0] for line in lines]))
+        x = x[(x >= max(line[0].min() for line in lines)) & (x <= min(line[0].max() for line in lines))]
+        if len(lines) == 1 or len(x) < 2:
+            for xs, ys in lines:
+                axes.plot(xs, ys, color=colour, linestyle=dashes, linewidth=1.6, label=name)
+            continue
+        ys = np.stack([np.interp(x, *line) for line in lines])
+        axes.fill_between(x, ys.min(0), ys.max(0), color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, ys.mean(0), color=colour, linestyle=dashes, linewidth=1.6, label=name)
+    axes.set_xlabel(x_label)
+    # Names of runs are long: one column, above the lines.
+    axes.legend(
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=1,
+        handlelength=1.6,
+        borderaxespad=0.2,
+        labelcolor=INK,
+        fontsize=8,
+    )
+    return _rendered(figure)
+
+
+def _readable(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """A line without what is not finite, as its running mean where it is noisy."""
+    xs, ys = np.asarray(x, float), np.asarray(y, float)
+    good = np.isfinite(ys) & np.isfinite(xs)
+    xs, ys = xs[good], ys[good]
+    return _running_mean(xs, ys, max(len(ys) // 40, 1)) if _is_noisy(ys) else (xs, ys)
+
+
+def dots(
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    *,
+    references: Mapping[str, float] | None = None,
+    percent: bool = True,
+    width: float = 4.15,
+) -> bytes:
+    """A row for each name: a dot a run, a bar at their mean. Dashed lines are levels to be held against."""
+    levels = dict(references or {})
+    figure, axes = _axes((width, 0.27 * len(names) + 0.75 + 0.17 * len(levels)))
+    for row, numbers in enumerate(values):
+        if not numbers:
+            continue
+        colour, _ = style(row)
+        mean = float(np.mean(numbers))
+        axes.plot(numbers, [row] * len(numbers), "o", color=colour, markersize=4, alpha=0.55, linewidth=0)
+        axes.plot([mean, mean], [row - 0.32, row + 0.32], color=colour, linewidth=2, solid_capstyle="butt")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x", color=INK, alpha=0.25, linewidth=0.6)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    if percent:
+        axes.xaxis.set_major_formatter(_percent())
+    for at, (name, value) in enumerate(levels.items()):
+        dashes = ((0, (4, 3)), (0, (1, 2)), (0, (6, 2, 1, 2)))[at % 3]
+        axes.axvline(value, color=INK, linewidth=1.1, linestyle=dashes, label=name)
+    if levels:
+        axes.legend(
+            frameon=False,
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=1,
+            handlelength=2,
+            borderaxespad=0.2,
+            labelcolor=INK,
+            fontsize=8,
+        )
+    axes.margins(x=0.06)
     return _rendered(figure)
 
 

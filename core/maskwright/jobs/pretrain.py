@@ -11,13 +11,15 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from maskwright.backbones import ConvBackbone, PatchBackbone, TokenBackbone
+from maskwright.backbones import TokenBackbone, adapt
 from maskwright.errors import BackboneMismatch, UsageError
-from maskwright.jobs import models
+from maskwright.jobs import features, models
 from maskwright.jobs.batches import Batches, Source
+from maskwright.jobs.costs import Costs
 from maskwright.jobs.probes import knn_accuracy, linear_accuracy
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings, resolve
+from maskwright.jobs.skipped import Skipped, as_summary
 from maskwright.jobs.training import MaskedTraining
 from maskwright.mask import AttentionMask
 from maskwright.protocols import MaskStrategy, Objective, Step
@@ -43,11 +45,14 @@ EMBEDDED_STEPS = 800
 
 @attrs.frozen(eq=False)
 class Trained:
-    """What the loop leaves: the module that was trained, the model inside (as transformers saves it), and the data."""
+    """What the loop leaves: the module that was trained, the model inside (as transformers saves it), the data, the costs."""
 
     module: MaskedTraining
     network: nn.Module
     source: ImageSource | TextSource
+    costs: Costs
+    waiting: float | None = None
+    """The share of the loop's time in which a batch was waited for; None where no step was made."""
 
 
 def pretrain(run: Run) -> Result:
@@ -93,6 +98,7 @@ def train(run: Run) -> Trained:
     objective: Objective = settings.require("objective").create(run.registry)
     source = data(settings, objective)
     check_fit(strategy, objective, source.columns, catalogue=run.registry)
+    run.say(f"Data: {source.summary}")
     total, size = settings.run.steps or 1, settings.run.batch_size or 1
     betas = settings.run.betas or (0.9, 0.999)
     if size % run.processes:
@@ -113,28 +119,37 @@ def train(run: Run) -> Trained:
     )
     module.to(run.device)
     module.train()
+    skipped, waiting = Skipped(run.folder), None
     with Batches(source, size, process=run.accelerator.process_index, processes=run.processes) as batches:
         if torch.distributed.is_initialized():
             _set_up_distribution(run, module, batches)
         wrapped, optimizer = run.accelerator.prepare(module, optimizer)
         module.mask_drawn = run.mask_drawn
-        for step in run.steps(total, {"model": module, "optimizer": optimizer}):
+        costs = Costs(run.device, run.processes)
+        for step in run.steps(total, {"model": module, "optimizer": optimizer, "costs": costs}):
             rate = learning_rate(step, settings.run.lr or 1e-3, settings.run.warmup or 0.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            numbers = _step(run, step, wrapped, optimizer, batches[step.index])
+            with costs.step():
+                batch = batches[step.index]
+                skipped.note(unreadable(source))
+                numbers = _step(run, step, wrapped, optimizer, batch, costs)
             run.log(step, **numbers, learning_rate=rate)
+            waiting = batches.waiting
         module.mask_drawn = None
     run.accelerator.free_memory()
     module.eval()
-    return Trained(module, network, source)
+    if waiting is not None:
+        waiting = run.mean({"waiting": torch.tensor(waiting)})["waiting"]
+    return Trained(module, network, source, costs, waiting)
 
 
 def _step(
-    run: Run, step: Step, module: nn.Module, optimizer: Any, batch: Mapping[str, Tensor]
+    run: Run, step: Step, module: nn.Module, optimizer: Any, batch: Mapping[str, Tensor], costs: Costs
 ) -> dict[str, float]:
     """One step of the optimiser; its numbers, averaged over the processes."""
-    out = module(**{name: column.to(run.device, non_blocking=True) for name, column in batch.items()})
+    with costs.forward():
+        out = module(**{name: column.to(run.device, non_blocking=True) for name, column in batch.items()})
     loss, parts = out["loss"], out["parts"]
     numbers = {"loss": loss}
     if len(parts) > 1:
@@ -143,7 +158,8 @@ def _step(
         numbers["masked"] = out["mask"].removed_ratio.mean()
     means = run.mean(numbers)
     run.check_finite(means["loss"], "loss", step)
-    run.accelerator.backward(loss)
+    with costs.backward():
+        run.accelerator.backward(loss)
     if run.settings.run.clip:
         norm = float(run.accelerator.clip_grad_norm_(module.parameters(), run.settings.run.clip))
         run.check_finite(norm, "gradient norm", step)
@@ -168,8 +184,17 @@ def data(settings: Settings, objective: Objective) -> ImageSource | TextSource:
     usual = 224 if objective.backbone == "conv" else 32
     size = section.size or models.image_size(settings.model) or usual
     return load_images(
-        section.source, size=size, channels=models.channels(settings.model), seed=settings.run.seed
+        section.source,
+        size=size,
+        channels=models.channels(settings.model),
+        seed=settings.run.seed,
+        second_view=(section.views or "auto") if "pixels_other_view" in objective.needs else None,
     )
+
+
+def unreadable(source: ImageSource | TextSource) -> Mapping[str, str]:
+    """What a source could not read so far and did without, with the reasons."""
+    return source.damage if isinstance(source, ImageSource) else {}
 
 
 def model(settings: Settings, objective: Objective, source: ImageSource | TextSource) -> Any:
@@ -177,7 +202,7 @@ def model(settings: Settings, objective: Objective, source: ImageSource | TextSo
     seed = settings.run.seed
     if isinstance(source, TextSource):
         return models.language_model(settings.model, source, causal=is_causal(objective), seed=seed)
-    if objective.backbone not in ("patch", "conv"):
+    if objective.backbone not in ("patch", "grid", "conv"):
         raise BackboneMismatch(
             f"The objective {objective.name!r} works on a {objective.backbone}; this job trains encoders of patches, "
             "convolutional networks and language models. Use maskwright.MaskedTraining on your own module instead."
@@ -237,13 +262,20 @@ def conclude(run: Run, trained: Trained) -> Result:
         **held_out(trained, run),
         "parameters": sum(one.numel() for one in trained.network.parameters()),
         "processes": run.processes,
+        **trained.costs.summary(),
     }
+    if trained.waiting is not None:
+        summary["waiting_for_data"] = round(trained.waiting, 4)
+    skipped = Skipped(run.folder)
+    skipped.note(unreadable(source))
     if not run.is_main:
         return run.finish(summary)
     files = {}
     if isinstance(source, ImageSource):
         summary |= probes(trained, run)
         files["preprocessor_config.json"] = preprocessing(source)
+        skipped.note(unreadable(source))
+        summary |= as_summary(skipped.all())
     summary["data"] = source.summary
     return run.finish(
         summary,
@@ -282,43 +314,52 @@ def next_token_loss(backbone: TokenBackbone, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def probes(trained: Trained, run: Run) -> dict[str, float]:
-    """Accuracy on held-out images of a linear and a kNN classifier on frozen features; nothing without labels."""
+def probes(trained: Trained, run: Run) -> dict[str, float | str]:
+    """Accuracy on held-out images of a linear and a kNN classifier on frozen features, and what labels are; or nothing.
+
+    Beside it stands what is to be had for nothing: the `chance` of always saying the commonest label, and the same probes of
+    the encoder before this training (untrained, or as the model folder has it).
+    """
     source = trained.source
     if not isinstance(source, ImageSource) or not source.labelled:
         return {}
+    after, labels = _probed(trained.module.backbone, source, run)
+    objective = trained.module.objective
+    untrained = adapt(model(run.settings, objective, source).to(run.device).eval(), objective.backbone)
+    before, _ = _probed(untrained, source, run)
+    return {
+        **after,
+        **{f"{name}_before": value for name, value in before.items()},
+        "chance": float(labels.bincount().max() / len(labels)),
+        "labels": source.label,
+    }
+
+
+@torch.no_grad()
+def _probed(backbone: Any, source: ImageSource, run: Run) -> tuple[dict[str, float], Tensor]:
+    """Both probes of an encoder, and the held-out labels."""
     sets = []
     for split in ("train", "held_out"):
-        features, labels = [], []
-        for batch in _batches(source.evaluation(split), PROBED, run):
-            with torch.no_grad():
-                features.append(pooled(trained.module.backbone, batch["pixels"]).cpu())
-            labels.append(batch["labels"].cpu())
-        sets += [torch.cat(features), torch.cat(labels)]
+        seen = [
+            (pooled(backbone, batch["pixels"]).cpu(), batch["labels"].cpu())
+            for batch in _batches(source.evaluation(split), PROBED, run)
+        ]
+        sets += [torch.cat(column) for column in zip(*seen)]
     train_x, train_y, test_x, test_y = sets
     return {
         "linear_probe": linear_accuracy(train_x, train_y, test_x, test_y),
         "knn_probe": knn_accuracy(train_x, train_y, test_x, test_y),
-        "chance": float(test_y.bincount().max() / len(test_y)),
-    }
+    }, test_y
 
 
 def pooled(backbone: Any, pixels: Tensor) -> Tensor:
     """[B, C, H, W] → [B, D]: the mean of the encoder's last features over all places, nothing hidden."""
-    if isinstance(backbone, PatchBackbone):
-        prefix = backbone.prefix(len(pixels))
-        tokens = torch.cat([prefix, backbone.patches(pixels) + backbone.positions], 1)
-        features: Tensor = backbone.encode(tokens)
-        return features[:, prefix.shape[1] :].mean(1)
-    assert isinstance(backbone, ConvBackbone)
-    x = backbone.stem(pixels)
-    for stage in backbone.stages:
-        x = stage(x)
-    return x.mean((2, 3))
+    return features.places(backbone, pixels).mean((1, 2))
 
 
 def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
-    """`originals` in [0, 1], `masks` and, where the objective makes them, `reconstructions` of some held-out images."""
+    """Of some held-out images `originals` in [0, 1], `masks`, `other_views` and `reconstructions` where there are any, and the maps of
+    the encoder's features (see `features.maps`)."""
     source = trained.source
     assert isinstance(source, ImageSource)
     seen = spread_over(source.evaluation("held_out"), CANDIDATES)
@@ -330,10 +371,12 @@ def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
     keep = out["mask"].keep if not isinstance(out["mask"], AttentionMask) else None
     if keep is not None and keep.ndim == 3:
         tensors["masks"] = keep
+    if "pixels_other_view" in batch:
+        tensors["other_views"] = source.denormalize(batch["pixels_other_view"])
     reconstruction = out["outputs"].get("reconstruction")
     if reconstruction is not None and reconstruction.shape == batch["pixels"].shape:
         tensors["reconstructions"] = source.denormalize(reconstruction)
-    return tensors
+    return tensors | features.maps(trained.module.backbone, batch["pixels"])
 
 
 def most_detailed(pixels: Tensor, labels: Tensor, count: int) -> Tensor:

@@ -1,48 +1,47 @@
-"""`maskwright prune`: a causal language model pruned to a budget, its perplexity before and after, and what was really saved."""
+"""`maskwright prune`: a model pruned to a budget, its quality before and after, and what was really saved."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from maskwright.backbones.defaults import causal_language_model
-from maskwright.backbones.folders import read_config, read_model
-from maskwright.errors import BadModel, NumericalError, OutputError, UsageError
+from maskwright.backbones.folders import read_model
+from maskwright.errors import BadModel, OutputError, UsageError
 from maskwright.jobs import models
 from maskwright.jobs.export import check_exportable, export
-from maskwright.jobs.pretrain import embedded_language_model, spread_over
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings
+from maskwright.jobs.skipped import as_summary
+from maskwright.jobs.streaming import prune_streamed
+from maskwright.jobs.workloads import Workload, of_folder, workload
 from maskwright.mask import Mask, load_masks
-from maskwright.protocols import Batch, Budget, Pruner, PruneTask, Step
-from maskwright.sources.text import EOS, TextSource, load_text
+from maskwright.protocols import Batch, Budget, Expert, Pruner, PruneTask, Step
+from maskwright.sources.images import ImageSource
 from maskwright.toolkit.patterns import check_budget, refuse_budget
 from maskwright.toolkit.prunable import Rule, Weight, prunable_weights
 from maskwright.toolkit.sizes import dense_bytes, packed_bytes
 
-HELD_OUT = 256
-"""Held-out sequences that perplexity is measured on, at most."""
-
-GIVEN = frozenset({"batches", "loss"})
+GIVEN = frozenset({"batches", "loss", "experts", "clients"})
 """What this job's task brings, of what a pruner may need."""
 
-_BESIDE = ("tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja")
-"""Texts of a model folder that belong to its tokenizer."""
+_BESIDE = (
+    *("tokenizer*.json", "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt", "*.jinja"),
+    "preprocessor_config.json",
+)
+"""Texts of a model folder that belong to its tokenizer or say how images are prepared."""
 
 
 @attrs.define(eq=False)
 class RunTask(PruneTask):
-    """A task whose steps, checkpoints and metrics are those of a run, with a fresh batch of training text for each step."""
+    """A task whose steps, checkpoints and metrics are those of a run, with a fresh batch of training data for each step."""
 
     run: Any = None
-    source: Any = None
+    work: Any = None
 
     def steps(self, total: int, state: Mapping[str, Any]) -> Iterator[Step]:
         """As `Run.steps`: a pruner that is killed goes on from its last checkpoint."""
@@ -54,14 +53,8 @@ class RunTask(PruneTask):
 
     def batch(self, step: Step) -> Batch:
         """The batch of a step of training, epoch after epoch, each in its own order."""
-        size = self.run.settings.run.batch_size or 1
-        numbers = torch.arange(step.index * size, (step.index + 1) * size)
-        epochs = numbers // len(self.source)
-        parts = [
-            self.source.batch(self.source.order(epoch)[numbers[epochs == epoch] % len(self.source)], epoch)
-            for epoch in epochs.unique().tolist()
-        ]
-        return {"tokens": torch.cat([part["tokens"] for part in parts]).to(self.run.device)}
+        batch = self.work.batch_of_step(step.index, self.run.settings.run.batch_size or 1)
+        return {name: column.to(self.run.device) for name, column in batch.items()}
 
 
 def prune(run: Run) -> Result:
@@ -75,23 +68,28 @@ def prune(run: Run) -> Result:
             "Python with a PruneTask that brings it as extras."
         )
     rule = rule_of(settings)
-    network, source = _model(run, pruner, budget, rule)
+    if settings.model.stream:
+        return prune_streamed(run, pruner, budget, rule, _beside(Path(settings.model.source)))
+    _check_default(run, pruner, budget, rule)
+    work = workload(run)
+    network = work.network
     network.to(run.device).eval()
     weights = prunable_weights(network, rule)
     _check_budget(pruner, weights, budget)
     if settings.require("output").export != "none":
         check_exportable(settings.require("output").export, weights)
     run.say(_described(network, weights))
-    before = perplexity(network, source, run)
+    before = work.quality(network, run)
     task = RunTask(
         budget=budget,
-        batches=calibration(source, run),
-        loss=next_token_loss,
+        batches=work.calibration(run),
+        loss=work.loss,
         generator=run.generator(1),
         accelerator=run.accelerator,
         prunable=rule,
+        extras=_extras(run, pruner, work),
         run=run,
-        source=source,
+        work=work,
     )
     # Where masks are of the change, what was saved is compared with what was given.
     changes = getattr(pruner, "prunes", "weights") == "difference"
@@ -103,22 +101,27 @@ def prune(run: Run) -> Result:
     summary = {
         "pruner": pruner.name,
         "budget": {budget.kind: getattr(budget, budget.kind)} if budget else {},
-        "perplexity_before": before,
-        "perplexity_after": perplexity(network, source, run),
-        "data": source.summary,
-        "calibration_tokens": sum(batch["tokens"].numel() for batch in task.batches),
+        "quality": {
+            "measure": work.measure,
+            "better": work.better,
+            "before": before,
+            "after": work.quality(network, run),
+        },
+        "data": work.source.summary,
+        "calibration_samples": sum(len(next(iter(batch.values()))) for batch in task.batches),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         **({"facts": dict(result.facts)} if result.facts else {}),
+        **(as_summary(work.source.damage) if isinstance(work.source, ImageSource) else {}),
     }
     folder = None if settings.model.source == models.DEFAULT else Path(settings.model.source)
     return run.finish(
         summary,
         model=network,
-        tokenizer=source if folder is None else None,
+        tokenizer=work.source if folder is None else None,
         files=_beside(folder) if folder is not None else None,
         masks=result.masks,
         artifacts=result.artifacts,
-        counted=lambda written: counted(written, network, weights, result.masks, settings, base),
+        counted=lambda written: counted(written, work, weights, result.masks, settings, base),
     )
 
 
@@ -138,9 +141,70 @@ def rule_of(settings: Settings) -> Rule:
     return Rule(**{name: tuple(value) for name, value in given.items()})
 
 
-def _model(run: Run, pruner: Pruner, budget: Budget | None, rule: Rule) -> tuple[Any, TextSource]:
-    """The model and the text: the user's, or the embedded ones. Budgets that cannot be met are found before any training."""
-    section, data = run.settings.model, run.settings.data
+def _extras(run: Run, pruner: Pruner, work: Workload) -> dict[str, Any]:
+    """What the pruner needs beside batches and a loss."""
+    extras: dict[str, Any] = {}
+    if "experts" in pruner.needs:
+        extras["experts"] = experts(run, work)
+    if "clients" in pruner.needs:
+        extras["clients"] = clients(run, work)
+    return extras
+
+
+def experts(run: Run, work: Workload) -> dict[str, Expert]:
+    """The fine-tuned models that [experts] names, by name; each is scored on its own data, where these are named.
+
+    Raises `UsageError` when there are none, and `BadModel` for one that is not of the pruned model's architecture.
+    """
+    named = run.settings.experts or {}
+    if not named:
+        raise UsageError(
+            "This pruner needs experts, models fine-tuned from the one that is pruned: name them with "
+            "--set experts.NAME.model=FOLDER and, where they are to be measured, --set experts.NAME.data=FOLDER."
+        )
+    shapes = {name: one.shape for name, one in work.network.state_dict().items()}
+    found = {}
+    for name, entry in named.items():
+        folder = Path(entry["model"])
+        data = attrs.evolve(run.settings.data, source=entry.get("data", run.settings.data.source))
+        own = of_folder(folder, data, run.seed)
+        state = {key: value.detach() for key, value in own.network.state_dict().items()}
+        other = next((key for key in shapes if key not in state or state[key].shape != shapes[key]), None)
+        if other is not None:
+            raise BadModel(
+                f"The expert {name!r} in {folder} is of another architecture than the pruned model: {other} differs."
+            )
+        found[name] = Expert(state, _score(own, run) if "data" in entry else None)
+    return found
+
+
+def _score(work: Workload, run: Run) -> Callable[[nn.Module], float]:
+    """Higher is better: a perplexity counts negative."""
+    sign = 1 if work.better == "higher" else -1
+    return lambda model: sign * work.quality(model, run)
+
+
+def clients(run: Run, work: Workload) -> list[list[Batch]]:
+    """The training data in `run.clients` equal parts that share no sample, each in batches."""
+    count = run.settings.run.clients or 10
+    order = work.source.order(0)
+    if len(order) < count:
+        raise UsageError(
+            f"run.clients={count} is more than the {len(order)} training samples; ask for fewer clients."
+        )
+    size = run.settings.run.batch_size or 8
+    return [
+        [
+            {name: column.to(run.device) for name, column in work.batch(part).items()}
+            for part in share.split(size)
+        ]
+        for share in order.tensor_split(count)
+    ]
+
+
+def _check_default(run: Run, pruner: Pruner, budget: Budget | None, rule: Rule) -> None:
+    """Find a budget that the embedded model cannot meet before that model is trained."""
+    section = run.settings.model
     if section.source == models.DEFAULT:
         shaped = causal_language_model(
             vocabulary=32,
@@ -150,79 +214,6 @@ def _model(run: Run, pruner: Pruner, budget: Budget | None, rule: Rule) -> tuple
             heads=section.heads or 4,
         )
         _check_budget(pruner, prunable_weights(shaped, rule), budget)
-        trained = embedded_language_model(run)
-        assert isinstance(trained.source, TextSource)
-        return trained.network, trained.source
-    folder = Path(section.source)
-    config = read_config(folder)
-    if not models.is_causal(config):
-        kind = ", ".join(config.get("architectures") or [config["model_type"]])
-        raise BadModel(
-            f"The model in {folder} is a {kind}; this job measures perplexity and takes causal language models. Other models "
-            "are pruned from Python, with maskwright.create('pruner', …).prune(model, task)."
-        )
-    length, most = data.length or 128, config.get("max_position_embeddings", config.get("n_positions"))
-    if isinstance(most, int) and length > most:
-        raise BadModel(
-            f"The model in {folder} takes {most} tokens, data.length={length}; set data.length to at most {most}."
-        )
-    network = read_model(folder, "AutoModelForCausalLM", dtype="auto")
-    tokenizer = models.tokenizer_of(section)
-    source = load_text(data.source, length=length, tokenizer=tokenizer, seed=run.seed)
-    return network, _readable(source, tokenizer, network)
-
-
-def _readable(source: TextSource, tokenizer: Path | None, network: Any) -> TextSource:
-    """The text with the model's own end of a document, or none, where its tokenizer does not know `<eos>`.
-
-    Raises `BadModel` for tokens that the model has no embedding of.
-    """
-    from tokenizers import Tokenizer
-
-    if Tokenizer.from_file(str(tokenizer)).token_to_id(EOS) is None:
-        own = network.config.eos_token_id
-        own = own[0] if isinstance(own, list) and own else own
-
-        def mended(one: TextSource) -> TextSource:
-            ends = one.ids == source.eos_token
-            ids = np.where(ends, own, one.ids) if isinstance(own, int) else one.ids[~ends]
-            return attrs.evolve(one, ids=ids)
-
-        source = attrs.evolve(mended(source), rest=mended(source.held_out))
-    most = max(int(one.ids.max(initial=0)) for one in (source, source.held_out))
-    size = network.get_input_embeddings().num_embeddings
-    if most >= size:
-        raise BadModel(
-            f"The tokenizer beside this {network.config.model_type} model makes the token {most}, the model knows {size}; "
-            "they do not belong together."
-        )
-    return source
-
-
-def calibration(source: TextSource, run: Run) -> list[Batch]:
-    """Training sequences in their order of the first epoch, in batches: as many as `run.calibration`."""
-    count = min(run.settings.run.calibration or 128, len(source))
-    parts = source.order(0)[:count].split(run.settings.run.batch_size or count)
-    return [{"tokens": source.batch(part)["tokens"].to(run.device)} for part in parts]
-
-
-def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood, in nats, of tokens int64 [B, L] after the first."""
-    logits = model(input_ids=batch["tokens"], use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["tokens"][:, 1:].flatten())
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, source: TextSource, run: Run) -> float:
-    """On held-out sequences. Raises `NumericalError` when the loss is not finite."""
-    tokens = spread_over(source.held_out, HELD_OUT)["tokens"].to(run.device)
-    parts = tokens.split(max(run.settings.run.batch_size or 1, 16))
-    nats = sum(float(next_token_loss(model, {"tokens": part})) * len(part) for part in parts) / len(tokens)
-    if not math.isfinite(nats):
-        raise NumericalError(
-            "The model's loss on held-out text is not finite: look at its weights and its dtype before pruning."
-        )
-    return math.exp(min(nats, 700.0))
 
 
 def _described(network: nn.Module, weights: list[Weight]) -> str:
@@ -244,7 +235,7 @@ def _beside(folder: Path) -> dict[str, str]:
 
 def counted(
     folder: Path,
-    network: Any,
+    work: Workload,
     weights: list[Weight],
     masks: Mapping[str, Mask],
     settings: Settings,
@@ -254,7 +245,7 @@ def counted(
 
     Raises `OutputError` when the saved weights are not those that the saved masks keep.
     """
-    saved = read_model(folder / "model", "AutoModelForCausalLM", dtype="auto")
+    saved = read_model(folder / "model", work.reader, dtype="auto")
     kept = load_masks(folder / "masks.safetensors")
     layers: list[dict[str, Any]] = []
     for weight in weights:
@@ -270,14 +261,14 @@ def counted(
         )
     removed = 1 - sum(layer["kept"] for layer in layers) / sum(layer["total"] for layer in layers)
     sizes = {
-        "dense": dense_bytes(network),
-        "bit-packed": packed_bytes(network, masks),
+        "dense": dense_bytes(work.network),
+        "bit-packed": packed_bytes(work.network, masks),
         "model folder": _bytes(folder / "model"),
         "masks file": (folder / "masks.safetensors").stat().st_size,
     }
     wanted = settings.require("output").export
     if wanted != "none":
-        sizes[wanted] = _bytes(export(folder, wanted, network, kept, removed))
+        sizes[wanted] = _bytes(export(folder, wanted, work.network, kept, removed))
     return {"sparsity": removed, "layers": layers, "sizes": sizes}
 
 

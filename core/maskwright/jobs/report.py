@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -25,11 +25,13 @@ from maskwright.jobs.settings import leaves
 from maskwright.mask import Mask, load_masks, write_whole
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from PIL import Image
 
 IMAGES_SHOWN = 8
 SAMPLES_SHOWN = 12
 LAYERS_SHOWN = 60
+SKIPPED_SHOWN = 100
 CORNER = 32
 """Rows and columns of a weight mask that are drawn: enough to see a pattern, few enough to see a weight."""
 
@@ -70,7 +72,9 @@ class Run:
     @property
     def job(self) -> str:
         """ "pretrain", "prune", "sample", or "run" where no file says."""
-        return str(self.summary.get("job") or self.settings.get("job") or "run")
+        section = self.settings.get("run")
+        set_there = section.get("job") if isinstance(section, Mapping) else None
+        return str(self.summary.get("job") or set_there or self.settings.get("job") or "run")
 
     @property
     def finished(self) -> bool:
@@ -79,12 +83,12 @@ class Run:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one metric, in the order of the file."""
-        lines = [line for line in self.metrics if _is_number(line.get(key)) and _is_number(line.get("step"))]
+        lines = [line for line in self.metrics if is_number(line.get(key)) and is_number(line.get("step"))]
         return [line["step"] for line in lines], [line[key] for line in lines]
 
     def metric_names(self) -> list[str]:
         """Metrics that are numbers, in order of appearance, without the step."""
-        names = {key: None for line in self.metrics for key, value in line.items() if _is_number(value)}
+        names = {key: None for line in self.metrics for key, value in line.items() if is_number(value)}
         return [name for name in names if name != "step"]
 
 
@@ -144,7 +148,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(str(error)) from None
 
 
-def _is_number(value: Any) -> TypeGuard[int | float]:
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is one, and not a truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -179,42 +184,72 @@ class Number:
     note: str = ""
 
 
-def render(run: Run) -> str:
-    """The page as HTML."""
+def environment() -> Environment:
+    """Where the templates of the pages are."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from maskwright import __version__
-
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("maskwright.jobs"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render(run: Run) -> str:
+    """The page as HTML."""
+    from maskwright import __version__
+
     specific = {"pretrain": _pretrain, "prune": _prune, "sample": _sample}.get(run.job, _plain)
-    return environment.get_template("report.html.j2").render(
-        {
-            "run": run,
-            "title": _title(run),
-            "state": _state(run),
-            "again": f"maskwright {run.job} run.toml" if run.settings and run.job != "run" else "",
-            "settings": list(_flat(run.settings)),
-            "results": list(_flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
-            "version": __version__,
-            "numbers": [],
-            "rows": [],
-            "charts": [],
-            "corners": [],
-            "texts": [],
-            "texts_title": "Samples",
-            "sizes": [],
-            **specific(run),
-        }
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            {
+                "run": run,
+                "title": title(run),
+                "state": _state(run),
+                "again": f"maskwright {run.job} run.toml" if run.settings and run.job != "run" else "",
+                "settings": list(flat(run.settings)),
+                "results": list(flat({k: v for k, v in run.summary.items() if not isinstance(v, list)})),
+                "version": __version__,
+                "numbers": [],
+                "rows": {},
+                "row_names": ROWS,
+                "zip": zip,
+                "pictures_caption": pictures_caption,
+                "charts": [],
+                "corners": [],
+                "texts": [],
+                "texts_title": "Samples",
+                "sizes": [],
+                "labels": _labels(run),
+                "skipped": _skipped(run)[:SKIPPED_SHOWN],
+                "skipped_count": len(_skipped(run)),
+                **specific(run),
+            }
+        )
     )
 
 
-def _title(run: Run) -> str:
+def _labels(run: Run) -> str:
+    """What the labels of the probes are, and how often a guess is right."""
+    label, chance = run.summary.get("labels"), run.summary.get("chance")
+    if not isinstance(label, str) or not label:
+        return ""
+    guess = f" Always naming the most frequent one is right in {share(chance)}." if is_number(chance) else ""
+    return f"The label that the probes name: {label}.{guess}"
+
+
+def _skipped(run: Run) -> list[tuple[str, str]]:
+    """What of the data could not be read, and why not."""
+    files = run.summary.get("skipped_files")
+    listed = files if isinstance(files, list) else []
+    return [(str(one.get("file")), str(one.get("reason"))) for one in listed if isinstance(one, Mapping)]
+
+
+def title(run: Run) -> str:
     """The components, in the order in which they act: `hard-patches × hpm`."""
     names = [_component(run, kind) for kind in ("strategy", "objective", "pruner", "sampler")]
     return " × ".join(name for name in names if name) or run.name
@@ -232,10 +267,10 @@ def _component(run: Run, kind: str) -> str:
 def _state(run: Run) -> str:
     if run.finished:
         return ""
-    steps = [line["step"] for line in run.metrics if _is_number(line.get("step"))]
+    steps = [line["step"] for line in run.metrics if is_number(line.get("step"))]
     total = _find(run.settings, "steps")
     reached = f" The last step on record is {max(steps):,}" if steps else " No step is on record"
-    of = f" of {total:,}" if steps and _is_number(total) else ""
+    of = f" of {total:,}" if steps and is_number(total) else ""
     return f"This run has not finished.{reached}{of}."
 
 
@@ -244,7 +279,8 @@ def _find(settings: Mapping[str, Any], key: str) -> Any:
     return next((value for name, value in leaves(settings) if name.rpartition(".")[2] == key), None)
 
 
-def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def flat(table: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Dotted names and values of nested tables, for readers."""
     for name, value in leaves(table):
         yield name, say(value)
 
@@ -261,40 +297,128 @@ def _pretrain(run: Run) -> dict[str, Any]:
                 ("final loss", ("final_loss", "loss"), say, "mean of the last steps"),
                 ("held-out loss", ("held_out_loss",), say, ""),
                 ("perplexity", ("perplexity",), say, "held out"),
-                ("linear probe", ("linear_probe",), share, "accuracy, held out"),
-                ("kNN probe", ("knn_probe",), share, "accuracy, held out"),
+                ("linear probe", ("linear_probe",), share, _before(run, "linear_probe")),
+                ("kNN probe", ("knn_probe",), share, _before(run, "knn_probe")),
             ),
             *([Number("hidden", share(hidden.pop()), "of each image")] if len(hidden) == 1 else []),
             *_time(run),
+            *_headline(
+                run,
+                ("time a step", ("seconds_per_step",), duration, "median"),
+                ("FLOPs a step", ("flops_per_step",), lambda count: flops(count, ""), _teachers_part(run)),
+                ("peak memory", ("peak_memory",), size, ""),
+            ),
+            *_headline(run, ("waiting for data", ("waiting_for_data",), share, "of the training loop")),
         ],
-        "rows": _image_rows(run.tensors),
-        "texts": _texts(run),
+        "rows": image_rows(run.tensors),
+        "texts": texts(run),
         "texts_title": "What it writes on held-out text",
         "charts": _loss_charts(run),
     }
 
 
-def _image_rows(tensors: Mapping[str, Tensor]) -> list[tuple[Figure, ...]]:
-    """For each image: original, what the model saw, reconstruction (where there is one)."""
+def _before(run: Run, probe: str) -> str:
+    """What a probe is to be held against."""
+    before = run.summary.get(f"{probe}_before")
+    return f"held out; {share(before)} before" if is_number(before) else "accuracy, held out"
+
+
+def _teachers_part(run: Run) -> str:
+    apart = run.summary.get("flops_without_gradient")
+    return f"{flops(apart, '')} of them without gradient" if is_number(apart) and apart else ""
+
+
+ROWS = {
+    "originals": "original",
+    "masks": "what the model saw",
+    "other_views": "second view",
+    "reconstructions": "reconstruction",
+    "similarity": "alike to the framed patch",
+    "components": "main components",
+}
+"""The rows of pictures, by the tensor that each shows, in the page's order."""
+
+
+def image_rows(
+    tensors: Mapping[str, Tensor], *, most: int = IMAGES_SHOWN, maps: bool = False
+) -> dict[str, list[Figure]]:
+    """For each row's name in `ROWS`, a picture of each image: original, what the model saw, and what it made of it.
+
+    That is the reconstruction; where nothing is reconstructed, or with `maps`, two maps of the encoder's features.
+    """
     originals, masks = tensors.get("originals"), tensors.get("masks")
-    if originals is None or masks is None or originals.ndim != 4 or masks.ndim != 3:
-        return []
-    predicted = tensors.get("reconstructions")
-    rows = []
-    for index, (pixels, keep) in enumerate(zip(originals[:IMAGES_SHOWN], masks.bool())):
+    if originals is None or originals.ndim != 4:
+        return {}
+    if masks is not None and (masks.ndim != 3 or len(masks) < len(originals)):
+        return {}
+    names = [name for name in ROWS if _belongs(tensors, name)]
+    if names == ["originals"]:
+        return {}
+    if "reconstructions" in names and not maps:
+        names = [name for name in names if name not in ("similarity", "components")]
+    count = min(most, len(originals))
+    return {name: [cell(tensors, name, index) for index in range(count)] for name in names}
+
+
+def _belongs(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a row can be drawn: its tensor is there, of the right number of dimensions, with an entry for each image."""
+    tensor, images = tensors.get(name), tensors["originals"]
+    dimensions = 3 if name in ("masks", "similarity") else 4
+    if tensor is None or tensor.ndim != dimensions or len(tensor) < len(images):
+        return False
+    return name != "reconstructions" or (tensor.shape == images.shape and "masks" in tensors)
+
+
+def cell(tensors: Mapping[str, Tensor], name: str, index: int) -> Figure:
+    """One picture of the table of images."""
+    pixels, which = tensors["originals"][index], f"Held-out image {index + 1}"
+    if name == "originals":
+        return figure(pictures.picture(pixels), f"{which}, original")
+    if name == "other_views":
+        return figure(pictures.picture(tensors[name][index]), f"{which}, second view")
+    if name == "similarity":
+        chosen = tensors.get("chosen")
+        place = (int(chosen[index, 0]), int(chosen[index, 1])) if chosen is not None else None
+        return figure(
+            pictures.similarity_image(tensors[name][index], place),
+            f"{which}, how much each patch's feature is like that of the framed one",
+        )
+    if name == "components":
+        return figure(
+            pictures.picture(tensors[name][index]),
+            f"{which}, main components of the patches' features as colours",
+        )
+    keep = tensors["masks"][index].bool()
+    if name == "masks":
         hidden = share(1 - keep.float().mean().item())
-        seen = pictures.overlay(pixels, keep)
-        row = [
-            figure(pictures.picture(pixels), f"Held-out image {index + 1}, original"),
-            figure(seen, f"Held-out image {index + 1} as the model saw it: {hidden} hidden"),
-        ]
-        if predicted is not None:
-            size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-            shown = Mask(keep[None]).upsample(size).keep[0]
-            mended = torch.where(shown, pixels.float(), predicted[index].float())
-            row.append(figure(pictures.picture(mended), f"Held-out image {index + 1}, hidden part predicted"))
-        rows.append(tuple(row))
-    return rows
+        return figure(pictures.overlay(pixels, keep), f"{which} as the model saw it: {hidden} hidden")
+    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    shown = Mask(keep[None]).upsample(size).keep[0]
+    mended = torch.where(shown, pixels.float(), tensors[name][index].float())
+    return figure(pictures.picture(mended), f"{which}, hidden part predicted")
+
+
+def pictures_caption(rows: Collection[str]) -> str:
+    """What a reader must know of the rows that are shown."""
+    said = ["Held-out images."]
+    if "masks" in rows:
+        said.append("Grey patches were hidden from the model.")
+    if "other_views" in rows:
+        said.append("The second view is seen whole.")
+    if "reconstructions" in rows:
+        said.append(
+            "In the reconstruction, only what was hidden is predicted; visible patches are shown as they are."
+        )
+    if "similarity" in rows:
+        said.append(
+            "The trained encoder saw the whole image for its features. Blue: a patch's feature points the way of the framed "
+            "patch's (cosine 1), pale: it has nothing to do with it (0), orange: the opposite."
+        )
+    if "components" in rows:
+        said.append(
+            "Patches of one colour have features that are alike: the first three principal components are red, green and blue."
+        )
+    return " ".join(said)
 
 
 def _loss_charts(run: Run) -> list[Figure]:
@@ -354,7 +478,7 @@ def _chart(
     small = pictures.curve(series, percent=percent, size=(4.15, 2.5))
     image = pictures.curve(series, percent=percent) if wide else small
     words = f"{title} by step: {'; '.join(said)}."
-    drawn = _png_figure(image, words, title=title, wide=wide)
+    drawn = png_figure(image, words, title=title, wide=wide)
     return attrs.evolve(drawn, narrow=_data_uri(small)) if wide else drawn
 
 
@@ -367,12 +491,8 @@ def _prune(run: Run) -> dict[str, Any]:
     total = sum(layer.get("total", 0) for layer in layers)
     removed = run.summary.get("sparsity", 1 - kept / total if total else None)
     asked = _asked(run)
-    numbers = _headline(
-        run,
-        ("perplexity before", ("perplexity_before",), say, "dense"),
-        ("perplexity after", ("perplexity_after",), say, "pruned"),
-    )
-    if _is_number(removed):
+    numbers = _quality(run)
+    if is_number(removed):
         numbers.append(Number("weights removed", share(removed, 2), f"asked: {asked}" if asked else ""))
     numbers += _time(run)
     sizes = _sizes(run.summary.get("sizes"))
@@ -380,9 +500,23 @@ def _prune(run: Run) -> dict[str, Any]:
     return {
         "numbers": numbers,
         "charts": [chart for chart in charts if chart],
-        "corners": _corners(run.masks),
+        "corners": corners(run.masks),
         "sizes": sizes,
     }
+
+
+def _quality(run: Run) -> list[Number]:
+    """How good the model was and is, in the measure of its kind."""
+    told = run.summary.get("quality")
+    if not isinstance(told, Mapping):
+        return []
+    name, speak = str(told.get("measure", "quality")), share if told.get("measure") == "accuracy" else say
+    pairs = [("before", "dense"), ("after", "pruned")]
+    return [
+        Number(f"{name} {when}", speak(value), what)
+        for when, what in pairs
+        if is_number(value := told.get(when))
+    ]
 
 
 def _asked(run: Run) -> str:
@@ -398,7 +532,7 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
     counted = [
         (str(layer.get("name", "")), int(layer["kept"]), int(layer["total"]))
         for layer in layers
-        if _is_number(layer.get("kept")) and layer.get("total")
+        if is_number(layer.get("kept")) and layer.get("total")
     ]
     title = "Removed share by layer"
     if len(counted) > LAYERS_SHOWN:
@@ -416,8 +550,7 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
     removed = [1 - kept / total for _, kept, total in counted]
     budget = run.summary.get("budget")
     asked = budget.get("sparsity") if isinstance(budget, Mapping) else None
-    line = asked if _is_number(asked) else None
-    image, small = (pictures.bars(names, removed, reference=line, width=width) for width in (8.5, 4.15))
+    line = asked if is_number(asked) else None
     low, high = (
         min(range(len(removed)), key=removed.__getitem__),
         max(range(len(removed)), key=removed.__getitem__),
@@ -425,9 +558,13 @@ def _layer_chart(run: Run, layers: Sequence[Mapping[str, Any]]) -> Figure | None
     alt = (
         f"{title}: least {share(removed[low])} in {names[low]}, most {share(removed[high])} in {names[high]}."
     )
-    caption = f"Dashed: the {share(asked)} that was asked." if _is_number(asked) else ""
-    drawn = _png_figure(image, alt, title=title, caption=caption)
-    return attrs.evolve(drawn, narrow=_data_uri(small))
+    caption = f"Dashed: the {share(asked)} that was asked." if is_number(asked) else ""
+    return figure_of(
+        lambda width: pictures.bars(names, removed, reference=line, width=width),
+        alt,
+        title=title,
+        caption=caption,
+    )
 
 
 def _training_charts(run: Run) -> list[Figure]:
@@ -438,7 +575,7 @@ def _training_charts(run: Run) -> list[Figure]:
     return [chart for chart in charts if chart is not None]
 
 
-def _corners(masks: Mapping[str, Mask]) -> list[Figure]:
+def corners(masks: Mapping[str, Mask]) -> list[Figure]:
     """The first rows and columns of the first, the middle and the last masks of matrices."""
     matrices = [(name, mask.keep) for name, mask in masks.items() if mask.keep.ndim >= 2]
     chosen = sorted({0, len(matrices) // 3, 2 * len(matrices) // 3, len(matrices) - 1}) if matrices else []
@@ -461,7 +598,7 @@ def _sizes(sizes: Any) -> list[tuple[str, str, float]]:
     """(what, how large, share of the largest)."""
     if not isinstance(sizes, Mapping):
         return []
-    known = {_words(name): value for name, value in sizes.items() if _is_number(value) and value > 0}
+    known = {_words(name): value for name, value in sizes.items() if is_number(value) and value > 0}
     most = max(known.values(), default=1)
     return [(name, size(value), value / most) for name, value in known.items()]
 
@@ -478,10 +615,10 @@ def _sample(run: Run) -> dict[str, Any]:
         ("length", ("length",), say, "tokens"),
     )
     numbers += _time(run)
-    return {"numbers": numbers, "texts": _texts(run), "charts": _loss_charts(run)}
+    return {"numbers": numbers, "texts": texts(run), "charts": _loss_charts(run)}
 
 
-def _texts(run: Run) -> list[str]:
+def texts(run: Run) -> list[str]:
     """The samples, their tokens on the colour of when they were written where that is known."""
     from markupsafe import Markup
 
@@ -506,7 +643,7 @@ def _headline(run: Run, *wanted: tuple[str, tuple[str, ...], Callable[[Any], str
     """The numbers that the summary has, in the order asked."""
     numbers = []
     for label, keys, speak, note in wanted:
-        value = next((run.summary[key] for key in keys if _is_number(run.summary.get(key))), None)
+        value = next((run.summary[key] for key in keys if is_number(run.summary.get(key))), None)
         if value is not None:
             numbers.append(Number(label, speak(value), note))
     return numbers
@@ -515,8 +652,8 @@ def _headline(run: Run, *wanted: tuple[str, tuple[str, ...], Callable[[Any], str
 def _time(run: Run) -> list[Number]:
     """How long it took, and for how many steps."""
     seconds, steps = run.summary.get("seconds"), run.summary.get("steps")
-    note = f"{say(steps)} steps" if _is_number(steps) else ""
-    if _is_number(seconds):
+    note = f"{say(steps)} steps" if is_number(steps) else ""
+    if is_number(seconds):
         return [Number("time", duration(seconds), note)]
     return [Number("steps", say(steps))] if note else []
 
@@ -547,8 +684,19 @@ def share(value: float, digits: int = 1) -> str:
     return f"{round(value * 100, digits):g}\N{NO-BREAK SPACE}%"
 
 
+def flops(count: float, word: str = "FLOPs") -> str:
+    """Operations as one reads them: 2.22 GFLOPs."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if count < 1000 or prefix == "P":
+            break
+        count /= 1000
+    return f"{count:.3g}\N{NO-BREAK SPACE}{prefix}{word}".rstrip()
+
+
 def duration(seconds: float) -> str:
-    """Seconds as one reads them: 12.3 s, 2 min 05 s, 1 h 03 min."""
+    """Seconds as one reads them: 32 ms, 1.25 s, 12.3 s, 2 min 05 s, 1 h 03 min."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
@@ -572,10 +720,17 @@ def _words(name: str) -> str:
 
 def figure(image: Image.Image, alt: str, *, caption: str = "", title: str = "") -> Figure:
     """A picture as a data URI."""
-    return _png_figure(pictures.png(image), alt, caption=caption, title=title)
+    return png_figure(pictures.png(image), alt, caption=caption, title=title)
 
 
-def _png_figure(data: bytes, alt: str, *, caption: str = "", title: str = "", wide: bool = True) -> Figure:
+def figure_of(draw: Callable[[float], bytes], alt: str, *, title: str, caption: str = "") -> Figure:
+    """A chart that `draw(inches)` makes as a PNG, wide for a desk and narrow for a phone."""
+    drawn = png_figure(draw(8.5), alt, title=title, caption=caption)
+    return attrs.evolve(drawn, narrow=_data_uri(draw(4.15)))
+
+
+def png_figure(data: bytes, alt: str, *, caption: str = "", title: str = "", wide: bool = True) -> Figure:
+    """A PNG as a data URI."""
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     return Figure(_data_uri(data), alt, width, height, caption, title, wide)
 

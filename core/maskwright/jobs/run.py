@@ -115,6 +115,8 @@ class Run:
 
     def _forget(self) -> None:
         """Remove the folder of a run that was asked for wrongly and so never began."""
+        if (self.folder / "metrics.jsonl").stat().st_size:
+            return
         for name in ("run.toml", "metrics.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -251,7 +253,7 @@ class Run:
         for name, value in values.items():
             self.check_finite(value, name, step)
         if self.is_main:
-            line = {"step": number, **values}
+            line = {"step": number, "seconds": round(self.seconds, 3), **values}
             self._append(line)
             if self._shown is not None:
                 self._shown.numbers = values
@@ -362,7 +364,7 @@ class Run:
                 raise CheckpointError(f"There is no run to resume: {path} is no folder.")
         else:
             with self._writing(Path(folder) if folder is not None else RUNS):
-                path = _numbered(self.job) if folder is None else _empty(Path(folder))
+                path = numbered(self.job) if folder is None else _empty(Path(folder))
         self._exit.callback(_lock(path))
         refuse_pickles(path / "checkpoint")
         latest = self._latest(path)
@@ -626,7 +628,7 @@ def _accelerator() -> Any:
     return Accelerator(cpu=grouped)
 
 
-def _numbered(job: str) -> Path:
+def numbered(job: str) -> Path:
     """A new folder runs/<job>-<n>, also when several runs begin at the same time."""
     RUNS.mkdir(parents=True, exist_ok=True)
     taken = [path.name.removeprefix(f"{job}-") for path in RUNS.glob(f"{job}-*")]
@@ -699,4 +701,4 @@ def _save_model(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-__all__ = ["RUNS", "Result", "Run"]
+__all__ = ["RUNS", "Result", "Run", "numbered"]

@@ -12,8 +12,9 @@ from typing import Any
 import attrs
 
 from maskwright.errors import BadParameter, BadRunFile, did_you_mean
-from maskwright.registry import Registry, check_fit, default
+from maskwright.registry import COMPONENT, Registry, check_fit, components_inside, default
 from maskwright.settings import setting
+from maskwright.sources import EMBEDDED_IMAGES, EMBEDDED_TEXT
 
 Table = dict[str, Any]
 
@@ -34,7 +35,10 @@ class RunSection:
     log_every: int | None = setting(None, "steps between lines of metrics.jsonl", ge=1, optional=True)
     save_every: int | None = setting(None, "steps between checkpoints", ge=1, optional=True)
     calibration: int | None = setting(
-        None, "sequences on which a pruner measures a layer's inputs", ge=1, optional=True
+        None, "samples on which a pruner measures a layer's inputs", ge=1, optional=True
+    )
+    clients: int | None = setting(
+        None, "parts of the data, for pruners that need clients", ge=1, optional=True
     )
 
 
@@ -42,7 +46,8 @@ class RunSection:
 class ComponentSection:
     """[strategy], [objective], [pruner] or [sampler]: a registered name; every other key is one of its parameters.
 
-    A parameter that is itself a component is a table with a `name`, and a `kind` where that differs from its owner's.
+    A parameter that is itself a component is a table with a `name`, and a `kind` where that differs from its owner's; or just
+    the name, where the owner declares it with `maskwright.component`.
     """
 
     kind: str
@@ -52,14 +57,19 @@ class ComponentSection:
     def create(self, registry: Registry | None = None) -> Any:
         """The component. Raises what `Registry.create` raises."""
         registry = registry or default()
-        params = {key: self._value(value, registry) for key, value in self.params.items()}
+        inside = components_inside(registry.component_class(self.kind, self.name))
+        kinds = {name: field.metadata[COMPONENT] for name, field in inside.items()}
+        params = {key: self._value(value, kinds.get(key), registry) for key, value in self.params.items()}
         return registry.create(self.kind, self.name, **params)
 
-    def _value(self, value: Any, registry: Registry) -> Any:
+    def _value(self, value: Any, declared: str | None, registry: Registry) -> Any:
+        if isinstance(value, str) and declared is not None:
+            return ComponentSection(declared, value).create(registry)
         if not (isinstance(value, Mapping) and isinstance(value.get("name"), str)):
             return value
         params = {key: given for key, given in value.items() if key not in ("kind", "name")}
-        return ComponentSection(value.get("kind", self.kind), value["name"], params).create(registry)
+        kind = value.get("kind", declared or self.kind)
+        return ComponentSection(kind, value["name"], params).create(registry)
 
 
 @attrs.frozen
@@ -73,15 +83,26 @@ class ModelSection:
     patch_size: int | None = setting(
         None, "pixels a side of the default model's patches", ge=1, optional=True
     )
+    stream: bool | None = setting(
+        None, "prune a model folder block by block, one in memory at a time", optional=True
+    )
 
 
 @attrs.frozen
 class DataSection:
     """[data]: an embedded source by name, or the user's folder or file."""
 
-    source: str = setting("photographs", "photographs, digits, standard-library, or a folder or file")
+    source: str = setting(
+        "photographs", "photographs, rotated-photographs, digits, standard-library, or a folder or file"
+    )
     size: int | None = setting(
         None, "pixels a side; a model folder's own where left out", ge=1, optional=True
+    )
+    views: str | None = setting(
+        None,
+        "a second view of each image: another crop, or the other file of a pair; pairs, where left out, if all images are in pairs",
+        choices=("crops", "pairs"),
+        optional=True,
     )
     length: int | None = setting(None, "tokens a sample", ge=2, optional=True)
     vocabulary: int | None = setting(None, "size of a tokenizer that is made here", ge=32, optional=True)
@@ -133,6 +154,7 @@ class Settings:
     pruner: ComponentSection | None = None
     budget: Mapping[str, Any] | None = None
     prunable: PrunableSection | None = None
+    experts: Mapping[str, Mapping[str, str]] | None = None
     output: OutputSection | None = None
     sampler: ComponentSection | None = None
     request: RequestSection | None = None
@@ -145,7 +167,8 @@ class Settings:
             if isinstance(section, ComponentSection):
                 tables[field.name] = {"name": section.name, **section.params}
             elif isinstance(section, Mapping):
-                tables[field.name] = dict(section)
+                if section:
+                    tables[field.name] = dict(section)
             elif section is not None:
                 tables[field.name] = attrs.asdict(section, filter=lambda _, value: value is not None)
         return tables
@@ -192,20 +215,24 @@ _CLASSES: dict[str, type] = {
     "output": OutputSection,
     "request": RequestSection,
 }
-_TRAINING = tuple(field.name for field in attrs.fields(RunSection) if field.name != "calibration")
+_TRAINING = tuple(
+    field.name for field in attrs.fields(RunSection) if field.name not in ("calibration", "clients")
+)
+_MADE = tuple(field.name for field in attrs.fields(ModelSection) if field.name != "stream")
 
 JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
-    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": None, "data": None},
+    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": _MADE, "data": None},
     "prune": {
-        "run": ("job", "seed", "batch_size", "calibration", "log_every", "save_every"),
+        "run": ("job", "seed", "batch_size", "calibration", "clients", "log_every", "save_every"),
         "pruner": None,
         "budget": tuple(BUDGETS),
         "prunable": None,
+        "experts": None,
         "output": None,
         "model": None,
         "data": None,
     },
-    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": None, "data": None},
+    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": _MADE, "data": None},
 }
 """Sections of each job, with their legal keys where these are not all that the section has."""
 
@@ -296,12 +323,13 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
         info = registry.info(name, "objective")
         modality = "text" if "text" in info.modalities else "image"
         tables = _merge(tables, BY_MODALITY[modality])
+        suited = None
         if "name" not in given.get("strategy", {}):
-            suited = getattr(registry.component_class("objective", name), "default_strategy", None)
-            if suited is not None:
-                tables = _merge(
-                    tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
-                )
+            suited = _suited_strategy(name, given.get("objective", {}), registry)
+        if suited is not None:
+            tables = _merge(
+                tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
+            )
     if job == "prune" and not given.get("budget"):
         named = str({**tables["pruner"], **given.get("pruner", {})}["name"])
         met = registry.info(named, "pruner").budgets
@@ -316,9 +344,44 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
     source = given.get("data", {}).get("source", tables["data"]["source"])
     tables = _merge(tables, {"model": _DEFAULT_MODEL["image"]})
     tables = _merge(tables, _DIGITS if source == "digits" else _PHOTOGRAPHS)
-    parameters = {parameter.name for parameter in info.parameters}
-    decoder = {key: value for key, value in _SMALL_DECODER.items() if key in parameters}
-    return _merge(tables, {"objective": {"name": name, **decoder}})
+    return _merge(tables, {"objective": _small_decoders(name, given.get("objective", {}), registry)})
+
+
+def _suited_strategy(
+    name: str, given: Mapping[str, Any], registry: Registry
+) -> str | Mapping[str, Any] | None:
+    """The strategy that an objective brings, or else an objective inside it."""
+    own: str | Mapping[str, Any] | None = getattr(
+        registry.component_class("objective", name), "default_strategy", None
+    )
+    theirs = (_suited_strategy(inner, table, registry) for _, inner, table in _inside(name, given, registry))
+    return own if own is not None else next((one for one in theirs if one is not None), None)
+
+
+def _small_decoders(name: str, given: Mapping[str, Any], registry: Registry) -> Table:
+    """The objective's table with the small decoder, where it has these parameters; so for the objectives inside it."""
+    parameters = {parameter.name for parameter in registry.info(name, "objective").parameters}
+    table: Table = {
+        "name": name,
+        **{key: value for key, value in _SMALL_DECODER.items() if key in parameters},
+    }
+    for parameter, inner, inside in _inside(name, given, registry):
+        table[parameter] = _small_decoders(inner, inside, registry)
+    return table
+
+
+def _inside(
+    name: str, given: Mapping[str, Any], registry: Registry
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """The objectives inside an objective: the parameter, the name, and what is given of its own parameters."""
+    for parameter, field in components_inside(registry.component_class("objective", name)).items():
+        value = given.get(parameter, field.default)
+        table = {"name": value} if isinstance(value, str) else value
+        if field.metadata[COMPONENT] == "objective" and isinstance(table, Mapping):
+            # A table without a name says something of the default.
+            inner = table.get("name", field.default)
+            if isinstance(inner, str):
+                yield parameter, inner, table
 
 
 def check(settings: Settings, registry: Registry | None = None) -> None:
@@ -353,10 +416,10 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Table]:
 def _deep(old: Any, new: Any) -> Any:
     """Two values of one key: tables are merged all the way down, of anything else the later one counts.
 
-    A table that names another component takes nothing from the one it replaces.
+    A table that names another component takes nothing from the one it replaces; a text that names the same one leaves it.
     """
     if not isinstance(new, Mapping):
-        return new
+        return old if isinstance(old, Mapping) and isinstance(new, str) and old.get("name") == new else new
     merged = dict(old) if isinstance(old, Mapping) else {}
     if "name" in merged and new.get("name", merged["name"]) != merged["name"]:
         merged = {}
@@ -412,6 +475,9 @@ def _check(job: str, tables: Mapping[str, Any], origin: str) -> None:
             if not isinstance(table.get("name", ""), str):
                 raise BadRunFile(f"{origin}, [{name}]: name must be a text, not {table['name']!r}.")
             continue
+        if name == "experts":
+            _check_experts(table, origin)
+            continue
         legal = sections[name] or tuple(field.name for field in attrs.fields(_CLASSES[name]))
         for key, value in table.items():
             if key not in legal:
@@ -426,10 +492,20 @@ def _check(job: str, tables: Mapping[str, Any], origin: str) -> None:
         )
 
 
+def _check_experts(table: Mapping[str, Any], origin: str) -> None:
+    for name, entry in table.items():
+        fine = isinstance(entry, Mapping) and "model" in entry and set(entry) <= {"model", "data"}
+        if not fine or not all(isinstance(value, str) for value in entry.values()):
+            raise BadRunFile(
+                f"{origin}, [experts]: {name} must have a `model`, a folder, and may have `data`, not {entry!r}."
+            )
+
+
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
     "tuple[float, ...]": ((list, tuple), "a list of numbers"),
     "tuple[str, ...]": ((list, tuple), "a list of texts"),
 }
@@ -441,7 +517,7 @@ def _check_type(where: str, field: attrs.Attribute[Any], value: Any) -> None:
     listed = not isinstance(value, list | tuple) or all(
         isinstance(item, inside) and not isinstance(item, bool) for item in value
     )
-    if isinstance(value, bool) or not isinstance(value, kinds) or not listed:
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds) or not listed:
         raise BadRunFile(f"{where} must be {words}, not {value!r}.")
 
 
@@ -461,6 +537,11 @@ def _build(job: str, tables: dict[str, Table]) -> Settings:
                 raise BadRunFile(
                     f"[{name}] {str(error).removeprefix(_CLASSES[name].__name__ + ': ')}"
                 ) from None
+        elif name == "experts":
+            sections[name] = {
+                expert: {key: _absolute(value) for key, value in entry.items()}
+                for expert, entry in table.items()
+            }
         else:
             sections[name] = dict(table)
     settings = Settings(**sections)
@@ -488,6 +569,8 @@ def _build(job: str, tables: dict[str, Table]) -> Settings:
 
 def _absolute(source: str) -> str:
     """A path from the root, so that run.toml repeats the run from any folder; names of embedded things stay."""
-    is_path = os.sep in source or source.startswith((".", "~")) or Path(source).exists()
-    embedded = source in ("default", "photographs", "digits", "standard-library")
+    is_path = (
+        os.sep in source or source.startswith((".", "~")) or source.endswith(".tar") or Path(source).exists()
+    )
+    embedded = source in ("default", *EMBEDDED_IMAGES, *EMBEDDED_TEXT)
     return str(Path(source).expanduser().resolve()) if is_path and not embedded else source
