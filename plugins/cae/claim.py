@@ -152,5 +152,8 @@ CLAIM = Claim(
     "83.6 / 83.8 / 83.9 %; MAE, 1600 epochs: 67.8 / 74.2 / 83.6 %",
     note="ViT of width 48 and depth 3, regressor and decoder of 2 blocks, 1,437 digits of 16 px in patches of 4 px, 32 codes by k-means "
     "for the tokenizer, 350 steps of 32. Sizes, initialisation and rate were chosen after looks at seed 8, where smaller patches "
-    "let the latents collapse within these few steps",
+    "let the latents collapse within these few steps. Without alignment the regressed latents are six variances "
+    "away from the encoder's in the mean, with it 1.005, 0.63 and 0.69, so that one seed misses the criterion by half a percent; they do not "
+    "collapse. Yet after 350 steps the regressor still says less than the mean at each place would, and the features lose three points "
+    "on the linear probe",
 )
