@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from maskwright.backbones import PatchBackbone
 from maskwright.backbones.folders import quiet_transformers, read_model
+from maskwright.backbones.transformers import ENTRANCES, attention_forward, mask_forward
 from maskwright.errors import BackboneMismatch, BadParameter, CheckpointError, reason
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -63,7 +64,8 @@ class Projections:
 
 
 WATCHED = "maskwright-watched"
-"""The attention implementation of models that can be watched; it is transformers' "sdpa"."""
+"""The attention implementation of models that can be watched; without a rule it is transformers' "sdpa"."""
+ENTRANCES.add(WATCHED)
 
 
 @attrs.define(eq=False)
@@ -103,10 +105,9 @@ def make_watchable(model: Any) -> None:
     Raises `BackboneMismatch` for the few models that do not use it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(WATCHED, _attention)
-    AttentionMaskInterface.register(WATCHED, sdpa_mask)
+    AttentionMaskInterface.register(WATCHED, mask_forward)
     with quiet_transformers():
         model.set_attn_implementation(WATCHED)
     # Models with an attention of their own only warn, and keep it.
@@ -122,18 +123,16 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     **arguments: Any,
 ) -> Any:
-    """Called by every layer of a watched model."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
+    """Called by every layer of a watched model; rules and places go on to where the others' go."""
     if (one := _WATCH.get()) is not None:
         if one.wanted(len(one.modules)):
             scale = arguments.get("scaling") or query.shape[-1] ** -0.5
             one.found[len(one.modules)] = Projections(query, key, value, scale, attention_mask)
         one.modules.append(module)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+    return attention_forward(module, query, key, value, attention_mask, **arguments)
 
 
 # -- teachers ------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class TransformersViT(TransformersBlocks):
         return self._run(tokens, levels, between, **told)
 
     def _attention(self, attention: AttentionMask | ScoreRule) -> Slabs | ScoreRule:
-        if self.model.config._attn_implementation != ATTENTION:
+        if self.model.config._attn_implementation not in ENTRANCES:
             register_attention()
             self.model.set_attn_implementation(ATTENTION)
         return Slabs(attention) if isinstance(attention, AttentionMask) else attention
@@ -318,10 +318,10 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, attention_forward)
-    AttentionMaskInterface.register(ATTENTION, _attention_mask)
+    AttentionMaskInterface.register(ATTENTION, mask_forward)
 
 
-def _attention_mask(*sizes: Any, attention_mask: Any = None, **arguments: Any) -> Any:
+def mask_forward(*sizes: Any, attention_mask: Any = None, **arguments: Any) -> Any:
     """Called once a forward by transformers' mask creation; what it returns goes to every layer."""
     if isinstance(attention_mask, AttentionMask):
         return Slabs(attention_mask)
