@@ -1,6 +1,9 @@
 """Image sources: pure functions of (seed, epoch, index), honest labels, and files of every kind, damaged ones included."""
 
 import importlib
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 
 from maskwright.errors import BadData
-from maskwright.sources import images
+from maskwright.sources import embedded, images, pictures
 from maskwright.sources.images import IMAGENET_MEAN, IMAGENET_STD, load_images, uniforms
 
 
@@ -175,6 +178,94 @@ def test_held_out_crops_come_from_parts_that_training_never_shows(monkeypatch):
     assert len(train) > 2000
 
 
+@pytest.fixture
+def rotated(monkeypatch, tmp_path):
+    """Rotated photographs of files of our own: red grows downwards, green to the right, blue says which one it is."""
+    import sklearn.datasets
+
+    def coloured(number, size):
+        rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
+        blue = np.full(size, 20 + 25 * number)
+        tones = np.stack([rows * 255 / size[0], columns * 255 / size[1], blue], -1)
+        return tones.astype(np.uint8)
+
+    bundle = SimpleNamespace(
+        images=[coloured(n, (320, 360)) for n in (0, 1)], filenames=["china.jpg", "flower.jpg"]
+    )
+    monkeypatch.setattr(sklearn.datasets, "load_sample_images", lambda: bundle)
+    for number, file in enumerate(embedded.UPRIGHT.values(), 2):
+        picture = Image.fromarray(coloured(number, (320, 360)))
+        save(picture, tmp_path / "skimage" / "data" / Path(file).with_suffix(".png").name)
+        if file.endswith("jpg"):  # lossless, so that a pixel keeps its place in it
+            (tmp_path / "skimage" / "data" / file).write_bytes(
+                (tmp_path / "skimage" / "data" / Path(file).with_suffix(".png").name).read_bytes()
+            )
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path / "skimage")])
+    monkeypatch.setattr(embedded, "find_spec", lambda name: found)
+    return load_images("rotated-photographs", size=16, crops=720)
+
+
+def test_rotated_photographs_are_labelled_with_photograph_and_turn(rotated):
+    assert len(rotated.classes) == 36
+    assert (rotated.classes[0], rotated.classes[3], rotated.classes[-2]) == (
+        "china 0°",
+        "china 270°",
+        "rocket 180°",
+    )
+    for part in (rotated, rotated.evaluation()):
+        batch = everything(part)
+        assert batch["labels"].bincount(minlength=36).min() > 0
+        shown = part.denormalize(batch["pixels"]) * 255
+        which = ((shown[:, 2].mean((1, 2)) - 20) / 25).round().long()
+        down = (shown[:, :, -1] - shown[:, :, 0]).mean(-1)[:, :2]
+        right = (shown[..., -1] - shown[..., 0]).mean(-1)[:, :2]
+        # Red grows downwards in an upright picture, and after a quarter turn counter-clockwise to the right.
+        growth = torch.stack([down[:, 0], right[:, 0], -down[:, 0], -right[:, 0]], 1)
+        # Green grows to the right, then upwards: a mirrored picture would tell another turn than red does.
+        other = torch.stack([right[:, 1], -down[:, 1], -right[:, 1], down[:, 1]], 1)
+        assert torch.equal(batch["labels"], which * 4 + growth.argmax(1))
+        assert torch.equal(growth.argmax(1), other.argmax(1))
+
+
+def test_held_out_patches_of_rotated_photographs_come_from_the_quarter_between(rotated):
+    def rows(part):
+        batch = everything(part)
+        return (part.denormalize(batch["pixels"])[:, 0] * 320).flatten()
+
+    train, held_out = rows(rotated), rows(rotated.evaluation())
+    assert ((train < 120 + 1.5) | (train > 200 - 1.5)).all()
+    assert ((held_out > 120 - 1.5) & (held_out < 200 + 1.5)).all()
+
+
+def test_labels_made_here_are_declared_as_such(rotated):
+    assert rotated.label.startswith(
+        "self-made: which of 9 photographs a patch is from, and by how many degrees"
+    )
+    assert rotated.label in rotated.summary
+    assert load_images("photographs", size=16, crops=4).label == "self-made: which photograph a patch is from"
+    assert not load_images("digits", size=8).label.startswith("self-made")
+
+
+@pytest.mark.skipif(find_spec("skimage") is None, reason="scikit-image is not installed")
+def test_the_pictures_inside_scikit_image_are_read_without_a_download(monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    source = load_images("rotated-photographs", size=32, crops=72)
+    batch = everything(source)
+    assert batch["labels"].bincount().tolist() == [2] * 36
+    assert len(batch["pixels"].flatten(1).unique(dim=0)) == 72
+    assert "skimage.data" not in sys.modules
+
+
+def test_scikit_image_that_is_missing_or_has_no_pictures_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
+    with pytest.raises(BadData, match=r"pip install 'maskwright\[photographs\]'"):
+        load_images("rotated-photographs", size=16)
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(embedded, "find_spec", lambda name: found)
+    with pytest.raises(BadData, match=r"lacks its pictures astronaut\.png, .*rocket\.jpg"):
+        load_images("rotated-photographs", size=16)
+
+
 def test_details_of_photographs_keep_their_scale(monkeypatch):
     boxes = []
     cut = images.resized_crops
@@ -317,11 +408,20 @@ def test_a_palette_with_a_transparent_colour_lies_on_white(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "white", "suffix"), [("CMYK", (0, 0, 0, 0), "jpg"), ("1", 1, "png"), ("L", 255, "bmp")]
+    ("mode", "white", "suffix"),
+    [
+        ("CMYK", (0, 0, 0, 0), "jpg"),
+        ("CMYK", (0, 0, 0, 0), "tif"),
+        ("1", 1, "png"),
+        ("L", 255, "bmp"),
+        ("LAB", (255, 128, 128), "tif"),
+        ("RGB", (255, 255, 255), "jp2"),
+        ("I;16", 65535, "pgm"),
+    ],
 )
 def test_every_mode_becomes_rgb(tmp_path, mode, white, suffix):
     save(flat_image(white, mode=mode), tmp_path / f"a.{suffix}")
-    assert shown(tmp_path / f"a.{suffix}")[5, 5].tolist() == [255, 255, 255]
+    assert shown(tmp_path / f"a.{suffix}")[5, 5].tolist() == pytest.approx([255] * 3, abs=1)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -333,11 +433,38 @@ def test_sixteen_bit_grey_keeps_its_tones(tmp_path, suffix):
     assert len(np.unique(values)) > 200
 
 
-@pytest.mark.parametrize(("scale", "brightest"), [(1.0, 255), (200.0, 200)])
+def test_sixteen_bit_grey_is_turned_upright_and_shrunk_like_any_other(tmp_path):
+    tones = np.linspace(0, 65535, 20 * 40).round().astype(np.uint16).reshape(20, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(tones).save(tmp_path / "deep.png", exif=exif)
+    values = np.asarray(images.decode(tmp_path / "deep.png", 1, 10))
+    assert values.shape == (10, 20)
+    assert (np.diff(values[:, 0].astype(int)) < 0).all()
+
+
+@pytest.mark.parametrize("brightest", [70_000, 2_000_000_000])
+def test_tones_of_more_than_sixteen_bits_are_scaled_and_not_cut_off(tmp_path, brightest):
+    tones = np.linspace(0, brightest, 256).round().astype(np.int32).reshape(16, 16)
+    Image.fromarray(tones).save(tmp_path / "deep.tif")
+    values = shown(tmp_path / "deep.tif", 1)[..., 0]
+    assert (values.flatten() == np.arange(256)).all()
+
+
+@pytest.mark.parametrize(("scale", "brightest"), [(1.0, 255), (200.0, 200), (5000.0, 255)])
 def test_fractions_are_tones_of_white_and_larger_numbers_are_tones(tmp_path, scale, brightest):
     values = (np.linspace(0, 1, 256, dtype=np.float32) * scale).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "float.tif")
-    assert shown(tmp_path / "float.tif", 1).max() == brightest
+    said = shown(tmp_path / "float.tif", 1)
+    assert said.max() == brightest
+    assert len(np.unique(said)) > 190
+
+
+def test_what_is_no_number_is_black(tmp_path):
+    values = np.full((16, 16), np.nan, dtype=np.float32)
+    values[0, 0] = 1
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    assert shown(tmp_path / "float.tif", 1).flatten().tolist() == [255] + [0] * 255
 
 
 def test_the_camera_decides_which_way_is_up(tmp_path):
@@ -419,37 +546,39 @@ def test_a_file_that_disappears_is_a_skipped_file(folder):
     assert source.skipped == ("1.png",)
 
 
-def test_a_folder_of_nothing_but_broken_images_says_so_when_they_are_read(folder):
+def test_a_folder_of_nothing_but_broken_images_says_so_before_anything_is_trained(folder):
     for path in folder.iterdir():
         cut_short(path)
-    source = load_images(folder, size=16)
-    with pytest.raises(BadData, match="None of the 8 images"):
-        everything(source)
+    with pytest.raises(
+        BadData, match=r"None of the 10 images in .*0\.png \(image file is truncated.*and 7 more"
+    ):
+        load_images(folder, size=16)
 
 
 def test_decoded_pictures_are_kept_within_a_limit(folder, monkeypatch):
     opened = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda *given: opened.append(given[0]) or decode(*given))
+    decode = pictures.decode
+    monkeypatch.setattr(pictures, "decode", lambda *given: opened.append(given[0]) or decode(*given))
     source = load_images(folder, size=16)
+    assert len(opened) == 2  # one of each part, to see whether there is anything
     everything(source)
     everything(source, 1)
-    assert len(opened) == 8
+    assert len(opened) == 2 + 7
     opened.clear()
-    monkeypatch.setattr(images, "_CACHE_BYTES", 3 * 24 * 24 * 3)
+    monkeypatch.setattr(pictures, "_CACHE_BYTES", 3 * 24 * 24 * 3)
     source = load_images(folder, size=16)
     everything(source)
     everything(source, 1)
-    assert len(opened) == 8 + 5
+    assert len(opened) == 2 + 7 + 5
 
 
 def test_folders_are_refused_with_what_is_wrong(tmp_path):
-    with pytest.raises(BadData, match=r"does not exist.*'digits' or 'photographs'"):
+    with pytest.raises(BadData, match=r"does not exist.*'photographs', 'rotated-photographs' or 'digits'"):
         load_images(tmp_path / "nowhere", size=8)
     with pytest.raises(BadData, match="Did you mean 'photographs'"):
         load_images("photograph", size=8)
     file = save(flat_image("red"), tmp_path / "full" / "a.png")
-    with pytest.raises(BadData, match="is no folder"):
+    with pytest.raises(BadData, match="is no folder but one image"):
         load_images(file, size=8)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadData, match=r"has no images \(jpg, "):

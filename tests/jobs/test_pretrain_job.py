@@ -236,7 +236,7 @@ def test_a_run_that_was_killed_resumes_to_exactly_the_same_numbers(tmp_path):
     a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole"))
-    taken = dict.fromkeys(("seconds", "seconds_per_step", "peak_memory"))
+    taken = dict.fromkeys(("seconds", "seconds_per_step", "peak_memory", "waiting_for_data"))
     assert {**one, **taken} == {**two, **taken}
 
 
@@ -484,7 +484,7 @@ def test_one_image_that_is_no_image_is_passed_over_and_said(tmp_path):
     folder = pictures_folder(tmp_path / "photos")
     (folder / "broken.png").write_text("no image")
     result = run(tmp_path / "run", data__source=str(folder), data__size=8, model__patch_size=2, run__steps=2)
-    assert "1 unreadable files skipped" in result.summary["data"]
+    assert "1 unreadable file skipped" in result.summary["data"]
     assert "linear_probe" not in result.summary
 
 

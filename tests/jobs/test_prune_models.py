@@ -14,6 +14,7 @@ from maskwright.jobs import execute
 from maskwright.jobs.run import Run
 from maskwright.jobs.settings import resolve
 from maskwright.jobs.workloads import workload
+from user_images import cut_short, write_folder
 
 
 def pruned(folder, model, data, **changes):
@@ -147,3 +148,11 @@ def test_a_real_sentence_encoder_is_pruned(tmp_path, text):  # noqa: F811
         assert result.summary["quality"]["before"] == pytest.approx(1, abs=1e-4)
     assert 0.3 < after["magnitude"] < after["wanda"] < 0.999
     transformers.AutoTokenizer.from_pretrained(tmp_path / "wanda" / "model")
+
+
+def test_images_that_cannot_be_read_are_named_by_a_pruning_too(tmp_path):
+    photos = write_folder(tmp_path / "photos", 15)
+    cut_short(photos / "bee" / "04.png")
+    folder = image_model(tmp_path / "model", "ViTModel")
+    summary = pruned(tmp_path / "run", folder, str(photos), **{"data.size": 16}).summary
+    assert summary["skipped_files"] == [{"file": "bee/04.png", "reason": "image file is truncated"}]

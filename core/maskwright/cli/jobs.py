@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,10 @@ SHORTCUTS: dict[str, list[tuple[str, click.Option]]] = {
         _component("strategy", "mask-strategy", "Decides what is hidden."),
         _component("objective", "objective", "Decides what is learned from the rest."),
         _MODEL,
-        _data("photographs, digits, standard-library, or your folder of images or text file."),
+        _data(
+            "photographs, rotated-photographs, digits, standard-library, or yours: a folder of images, tar shards, a saved Hugging "
+            "Face dataset, a text file."
+        ),
         _option("run.steps", "--steps", type=int, metavar="N", help="Optimiser steps."),
         _BATCH,
         _SEED,
@@ -72,6 +75,13 @@ SHORTCUTS: dict[str, list[tuple[str, click.Option]]] = {
         _option("budget.flops", "--flops", type=float, metavar="X", help="Share of the FLOPs kept."),
         _option("budget.bits", "--bits", type=float, metavar="X", help="Mean bits a weight."),
         _option("budget.layers", "--layers", type=int, metavar="N", help="Layers kept."),
+        _option(
+            "model.stream",
+            "--stream",
+            is_flag=True,
+            default=None,
+            help="Read and prune the model block by block: for models larger than memory.",
+        ),
         _option(
             "output.export",
             "--export",
@@ -212,6 +222,8 @@ def _print(result: Result, as_json: bool) -> None:
         table.add(name.replace("_", " "), value)
     for line in table.lines(stretch=1) if table.rows else ():
         click.echo(line)
+    for line in _skipped(result.summary.get("skipped_files") or []):
+        click.echo(line)
     click.echo(f"folder  {shown(str(result.folder))}")
     if result.report is not None:
         click.echo(f"report  {shown(str(result.report))}")
@@ -227,6 +239,16 @@ def _numbers(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", f"{value:.4g}"
         elif isinstance(value, str | int) and not isinstance(value, bool):
             yield f"{prefix}{name}", str(value)
+
+
+def _skipped(files: Sequence[Mapping[str, str]], most: int = 20) -> Iterator[str]:
+    """What could not be read, by name."""
+    if files:
+        yield "unreadable, and skipped:"
+    for one in files[:most]:
+        yield f"  {shown(one['file'])}: {one['reason']}"
+    if len(files) > most:
+        yield f"  and {len(files) - most} more, all of them in summary.json"
 
 
 def _texts(file: Path) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -40,6 +41,8 @@ class Batches:
         self._order = lru_cache(maxsize=2)(source.order)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwright-batches")
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self._begun: float | None = None
+        self._waited = 0.0
 
     def __enter__(self) -> Batches:
         return self
@@ -48,10 +51,20 @@ class Batches:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def __getitem__(self, step: int) -> Mapping[str, Tensor]:
+        asked = time.perf_counter()
+        if self._begun is None:
+            self._begun = asked
         for index in range(step, step + 1 + _AHEAD):
             if index not in self._coming:
                 self._coming[index] = self._thread.submit(self.make, index)
-        return self._coming.pop(step).result()
+        batch = self._coming.pop(step).result()
+        self._waited += time.perf_counter() - asked
+        return batch
+
+    @property
+    def waiting(self) -> float:
+        """The share of the time since the first batch was asked for, that one's included, in which one was waited for."""
+        return self._waited / (time.perf_counter() - self._begun) if self._begun is not None else 0.0
 
     def make(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, made now."""

@@ -19,6 +19,7 @@ from maskwright.jobs.costs import Costs
 from maskwright.jobs.probes import knn_accuracy, linear_accuracy
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings, resolve
+from maskwright.jobs.skipped import Skipped, as_summary
 from maskwright.jobs.training import MaskedTraining
 from maskwright.mask import AttentionMask
 from maskwright.protocols import MaskStrategy, Objective, Step
@@ -50,6 +51,8 @@ class Trained:
     network: nn.Module
     source: ImageSource | TextSource
     costs: Costs
+    waiting: float | None = None
+    """The share of the loop's time in which a batch was waited for; None where no step was made."""
 
 
 def pretrain(run: Run) -> Result:
@@ -95,6 +98,7 @@ def train(run: Run) -> Trained:
     objective: Objective = settings.require("objective").create(run.registry)
     source = data(settings, objective)
     check_fit(strategy, objective, source.columns, catalogue=run.registry)
+    run.say(f"Data: {source.summary}")
     total, size = settings.run.steps or 1, settings.run.batch_size or 1
     betas = settings.run.betas or (0.9, 0.999)
     if size % run.processes:
@@ -115,6 +119,7 @@ def train(run: Run) -> Trained:
     )
     module.to(run.device)
     module.train()
+    skipped, waiting = Skipped(run.folder), None
     with Batches(source, size, process=run.accelerator.process_index, processes=run.processes) as batches:
         if torch.distributed.is_initialized():
             _set_up_distribution(run, module, batches)
@@ -126,12 +131,17 @@ def train(run: Run) -> Trained:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with costs.step():
-                numbers = _step(run, step, wrapped, optimizer, batches[step.index], costs)
+                batch = batches[step.index]
+                skipped.note(unreadable(source))
+                numbers = _step(run, step, wrapped, optimizer, batch, costs)
             run.log(step, **numbers, learning_rate=rate)
+            waiting = batches.waiting
         module.mask_drawn = None
     run.accelerator.free_memory()
     module.eval()
-    return Trained(module, network, source, costs)
+    if waiting is not None:
+        waiting = run.mean({"waiting": torch.tensor(waiting)})["waiting"]
+    return Trained(module, network, source, costs, waiting)
 
 
 def _step(
@@ -176,6 +186,11 @@ def data(settings: Settings, objective: Objective) -> ImageSource | TextSource:
     return load_images(
         section.source, size=size, channels=models.channels(settings.model), seed=settings.run.seed
     )
+
+
+def unreadable(source: ImageSource | TextSource) -> Mapping[str, str]:
+    """What a source could not read so far and did without, with the reasons."""
+    return source.damage if isinstance(source, ImageSource) else {}
 
 
 def model(settings: Settings, objective: Objective, source: ImageSource | TextSource) -> Any:
@@ -245,12 +260,18 @@ def conclude(run: Run, trained: Trained) -> Result:
         "processes": run.processes,
         **trained.costs.summary(),
     }
+    if trained.waiting is not None:
+        summary["waiting_for_data"] = round(trained.waiting, 4)
+    skipped = Skipped(run.folder)
+    skipped.note(unreadable(source))
     if not run.is_main:
         return run.finish(summary)
     files = {}
     if isinstance(source, ImageSource):
         summary |= probes(trained, run)
         files["preprocessor_config.json"] = preprocessing(source)
+        skipped.note(unreadable(source))
+        summary |= as_summary(skipped.all())
     summary["data"] = source.summary
     return run.finish(
         summary,
@@ -289,8 +310,8 @@ def next_token_loss(backbone: TokenBackbone, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def probes(trained: Trained, run: Run) -> dict[str, float]:
-    """Accuracy on held-out images of a linear and a kNN classifier on frozen features; nothing without labels.
+def probes(trained: Trained, run: Run) -> dict[str, float | str]:
+    """Accuracy on held-out images of a linear and a kNN classifier on frozen features, and what labels are; nothing without.
 
     Beside it stands what is to be had for nothing: the `chance` of always saying the commonest label, and the same probes of
     the encoder before this training (untrained, or as the model folder has it).
@@ -306,6 +327,7 @@ def probes(trained: Trained, run: Run) -> dict[str, float]:
         **after,
         **{f"{name}_before": value for name, value in before.items()},
         "chance": float(labels.bincount().max() / len(labels)),
+        "labels": source.label,
     }
 
 

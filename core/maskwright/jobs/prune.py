@@ -15,9 +15,12 @@ from maskwright.jobs import models
 from maskwright.jobs.export import check_exportable, export
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings
+from maskwright.jobs.skipped import as_summary
+from maskwright.jobs.streaming import prune_streamed
 from maskwright.jobs.workloads import Workload, of_folder, workload
 from maskwright.mask import Mask, load_masks
 from maskwright.protocols import Batch, Budget, Expert, Pruner, PruneTask, Step
+from maskwright.sources.images import ImageSource
 from maskwright.toolkit.patterns import check_budget, refuse_budget
 from maskwright.toolkit.prunable import Rule, Weight, prunable_weights
 from maskwright.toolkit.sizes import dense_bytes, packed_bytes
@@ -64,6 +67,8 @@ def prune(run: Run) -> Result:
             "Python with a PruneTask that brings it as extras."
         )
     rule = rule_of(settings)
+    if settings.model.stream:
+        return prune_streamed(run, pruner, budget, rule, _beside(Path(settings.model.source)))
     _check_default(run, pruner, budget, rule)
     work = workload(run)
     network = work.network
@@ -105,6 +110,7 @@ def prune(run: Run) -> Result:
         "calibration_samples": sum(len(next(iter(batch.values()))) for batch in task.batches),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         **({"facts": dict(result.facts)} if result.facts else {}),
+        **(as_summary(work.source.damage) if isinstance(work.source, ImageSource) else {}),
     }
     folder = None if settings.model.source == models.DEFAULT else Path(settings.model.source)
     return run.finish(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 IMAGES_SHOWN = 8
 SAMPLES_SHOWN = 12
 LAYERS_SHOWN = 60
+SKIPPED_SHOWN = 100
 CORNER = 32
 """Rows and columns of a weight mask that are drawn: enough to see a pattern, few enough to see a weight."""
 
@@ -223,10 +224,29 @@ def render(run: Run) -> str:
                 "texts": [],
                 "texts_title": "Samples",
                 "sizes": [],
+                "labels": _labels(run),
+                "skipped": _skipped(run)[:SKIPPED_SHOWN],
+                "skipped_count": len(_skipped(run)),
                 **specific(run),
             }
         )
     )
+
+
+def _labels(run: Run) -> str:
+    """What the labels of the probes are, and how often a guess is right."""
+    label, chance = run.summary.get("labels"), run.summary.get("chance")
+    if not isinstance(label, str) or not label:
+        return ""
+    guess = f" Always naming the most frequent one is right in {share(chance)}." if is_number(chance) else ""
+    return f"The label that the probes name: {label}.{guess}"
+
+
+def _skipped(run: Run) -> list[tuple[str, str]]:
+    """What of the data could not be read, and why not."""
+    files = run.summary.get("skipped_files")
+    listed = files if isinstance(files, list) else []
+    return [(str(one.get("file")), str(one.get("reason"))) for one in listed if isinstance(one, Mapping)]
 
 
 def title(run: Run) -> str:
@@ -288,6 +308,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
                 ("FLOPs a step", ("flops_per_step",), lambda count: flops(count, ""), _teachers_part(run)),
                 ("peak memory", ("peak_memory",), size, ""),
             ),
+            *_headline(run, ("waiting for data", ("waiting_for_data",), share, "of the training loop")),
         ],
         "rows": image_rows(run.tensors),
         "texts": texts(run),

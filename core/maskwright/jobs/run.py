@@ -115,6 +115,8 @@ class Run:
 
     def _forget(self) -> None:
         """Remove the folder of a run that was asked for wrongly and so never began."""
+        if (self.folder / "metrics.jsonl").stat().st_size:
+            return
         for name in ("run.toml", "metrics.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ import attrs
 from maskwright.errors import BadParameter, BadRunFile, did_you_mean
 from maskwright.registry import Registry, check_fit, default
 from maskwright.settings import setting
+from maskwright.sources import EMBEDDED_IMAGES, EMBEDDED_TEXT
 
 Table = dict[str, Any]
 
@@ -76,13 +77,18 @@ class ModelSection:
     patch_size: int | None = setting(
         None, "pixels a side of the default model's patches", ge=1, optional=True
     )
+    stream: bool | None = setting(
+        None, "prune a model folder block by block, one in memory at a time", optional=True
+    )
 
 
 @attrs.frozen
 class DataSection:
     """[data]: an embedded source by name, or the user's folder or file."""
 
-    source: str = setting("photographs", "photographs, digits, standard-library, or a folder or file")
+    source: str = setting(
+        "photographs", "photographs, rotated-photographs, digits, standard-library, or a folder or file"
+    )
     size: int | None = setting(
         None, "pixels a side; a model folder's own where left out", ge=1, optional=True
     )
@@ -200,9 +206,10 @@ _CLASSES: dict[str, type] = {
 _TRAINING = tuple(
     field.name for field in attrs.fields(RunSection) if field.name not in ("calibration", "clients")
 )
+_MADE = tuple(field.name for field in attrs.fields(ModelSection) if field.name != "stream")
 
 JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
-    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": None, "data": None},
+    "pretrain": {"run": _TRAINING, "strategy": None, "objective": None, "model": _MADE, "data": None},
     "prune": {
         "run": ("job", "seed", "batch_size", "calibration", "clients", "log_every", "save_every"),
         "pruner": None,
@@ -213,7 +220,7 @@ JOBS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "model": None,
         "data": None,
     },
-    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": None, "data": None},
+    "sample": {"run": ("job", "seed"), "sampler": None, "request": None, "model": _MADE, "data": None},
 }
 """Sections of each job, with their legal keys where these are not all that the section has."""
 
@@ -450,6 +457,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
     "tuple[float, ...]": ((list, tuple), "a list of numbers"),
     "tuple[str, ...]": ((list, tuple), "a list of texts"),
 }
@@ -461,7 +469,7 @@ def _check_type(where: str, field: attrs.Attribute[Any], value: Any) -> None:
     listed = not isinstance(value, list | tuple) or all(
         isinstance(item, inside) and not isinstance(item, bool) for item in value
     )
-    if isinstance(value, bool) or not isinstance(value, kinds) or not listed:
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds) or not listed:
         raise BadRunFile(f"{where} must be {words}, not {value!r}.")
 
 
@@ -513,6 +521,8 @@ def _build(job: str, tables: dict[str, Table]) -> Settings:
 
 def _absolute(source: str) -> str:
     """A path from the root, so that run.toml repeats the run from any folder; names of embedded things stay."""
-    is_path = os.sep in source or source.startswith((".", "~")) or Path(source).exists()
-    embedded = source in ("default", "photographs", "digits", "standard-library")
+    is_path = (
+        os.sep in source or source.startswith((".", "~")) or source.endswith(".tar") or Path(source).exists()
+    )
+    embedded = source in ("default", *EMBEDDED_IMAGES, *EMBEDDED_TEXT)
     return str(Path(source).expanduser().resolve()) if is_path and not embedded else source

@@ -120,17 +120,19 @@ def of_folder(folder: Path, data: DataSection, seed: int) -> Workload:
     names = config.get("architectures") or [f"{config['model_type']} model"]
     if models.is_causal(config):
         network = models.read_model(folder, "AutoModelForCausalLM", dtype="auto")
-        return causal_text(network, _text(folder, data, seed, network, config))
+        return causal_text(network, readable_text(folder, data, seed, network, config))
     if any(name.endswith("ForMaskedLM") for name in names):
         network = models.read_model(folder, "AutoModelForMaskedLM", dtype="auto")
-        return masked_text(network, _text(folder, data, seed, network, config), folder)
+        return masked_text(network, readable_text(folder, data, seed, network, config), folder)
     if any(name.endswith("ForImageClassification") for name in names):
         network = models.read_model(folder, "AutoModelForImageClassification", dtype="auto")
         return classified_images(network, _images(folder, data, seed, config), folder)
     if any(name.endswith("Model") for name in names):
         network = models.read_model(folder, "AutoModel", dtype="auto")
         if "vocab_size" in config:
-            return embedded(network, _text(folder, data, seed, network, config, room=2), _wrapped(folder))
+            return embedded(
+                network, readable_text(folder, data, seed, network, config, room=2), _wrapped(folder)
+            )
         if "num_channels" in config:
             images = _images(folder, data, seed, config)
             return embedded(network, images, _renormalized(images, folder))
@@ -256,7 +258,7 @@ def embedding(model: nn.Module, batch: Batch) -> Tensor:
 # -- data ------------------------------------------------------------------------------------------------------------
 
 
-def _text(
+def readable_text(
     folder: Path, data: DataSection, seed: int, network: Any, config: dict[str, Any], *, room: int = 0
 ) -> TextSource:
     """The text with the model's own tokenizer, `room` tokens shorter than the model takes."""
