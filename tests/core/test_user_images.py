@@ -8,6 +8,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+
+from maskwright.errors import BadData
+from maskwright.jobs.batches import Batches
+from maskwright.sources.decoding import decode
+from maskwright.sources.images import load_images
+from maskwright.sources.tables import Rows
 from user_images import (
     CLASSES,
     cut_short,
@@ -21,12 +27,6 @@ from user_images import (
     write_shards,
     write_tar,
 )
-
-from maskwright.errors import BadData
-from maskwright.jobs.batches import Batches
-from maskwright.sources.decoding import decode
-from maskwright.sources.images import load_images
-from maskwright.sources.tables import Rows
 
 
 @pytest.fixture(scope="module")
