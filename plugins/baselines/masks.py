@@ -24,7 +24,8 @@ ROUNDS = 64
 class Random:
     """Positions hidden uniformly at random, the same number in every sample.
 
-    int(N · (1 - ratio)) positions stay, truncated as in MAE (He et al., arXiv:2111.06377), and one where that is none.
+    int(N · (1 - ratio)) positions stay, truncated as in MAE (He et al., arXiv:2111.06377), and one where that is none. Papers
+    that count what is hidden, such as CroCo, hide int(ratio · N): of 196 at 0.9 these are 176, not 177.
     """
 
     kind: ClassVar[str] = "mask-strategy"
@@ -35,10 +36,17 @@ class Random:
     monotone: ClassVar[frozenset[str]] = frozenset({"ratio"})
 
     ratio: float = setting(0.75, "share of the positions that is hidden", ge=0, lt=1)
+    truncated: str = setting(
+        "visible", "which number is truncated to a whole one", choices=("visible", "hidden")
+    )
 
     def draw(self, layout: Layout, *, signals: Signals, progress: float, generator: torch.Generator) -> Mask:
         """Any grid."""
-        return random_mask(layout, max(1, kept_count(layout.positions, self.ratio)), generator)
+        if self.truncated == "hidden":
+            keep = layout.positions - int(self.ratio * layout.positions)
+        else:
+            keep = kept_count(layout.positions, self.ratio)
+        return random_mask(layout, max(1, keep), generator)
 
 
 @attrs.frozen

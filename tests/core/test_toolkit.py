@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maskwright import Layout, Mask
-from maskwright.toolkit.decoders import DecoderInput, transformer
+from maskwright.toolkit.decoders import CrossTransformer, DecoderInput, initialize_linear, transformer
 from maskwright.toolkit.images import (
     denormalize_patches,
     normalize_patches,
@@ -228,6 +228,54 @@ def test_the_transformer_is_the_pre_norm_one_of_the_papers():
     expected = nn.functional.layer_norm(hidden, (12,), model.norm.weight, model.norm.bias, 1e-6)
     assert torch.allclose(model.train()(x), expected, atol=1e-5), "and it has no dropout"
     assert torch.allclose(model.eval()(x), expected, atol=1e-5)
+
+
+def attended(attention, queries, memory):
+    """[T, D], [M, D] → [T, D]: scaled dot products, head by head."""
+    to_q, to_k, to_v = attention.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = attention.in_proj_bias.chunk(3)
+    q, k, v = queries @ to_q.T + b_q, memory @ to_k.T + b_k, memory @ to_v.T + b_v
+    size = q.shape[1] // attention.num_heads
+    heads = [slice(head * size, (head + 1) * size) for head in range(attention.num_heads)]
+    seen = [(q[:, h] @ k[:, h].T / size**0.5).softmax(-1) @ v[:, h] for h in heads]
+    return attention.out_proj(torch.cat(seen, 1))
+
+
+@pytest.mark.parametrize("norm_memory", [True, False])
+def test_the_cross_transformer_is_the_pre_norm_one_with_a_norm_for_its_memory(norm_memory):
+    torch.manual_seed(0)
+    model = CrossTransformer(12, 2, 3, mlp_ratio=2.0, norm_memory=norm_memory)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, memory = torch.randn(2, 5, 12, generator=generator()), torch.randn(2, 7, 12, generator=generator(1))
+    untouched = memory.clone()
+    expected = []
+    for own, other in zip(x, memory):
+        for block in model.blocks:
+            layer, looked_at = block.layer, block.norm_memory(other)
+            own = own + attended(layer.self_attn, layer.norm1(own), layer.norm1(own))
+            own = own + attended(layer.multihead_attn, layer.norm2(own), looked_at)
+            own = own + layer.linear2(nn.functional.gelu(layer.linear1(layer.norm3(own))))
+        expected.append(model.norm(own))
+    assert torch.allclose(model.train()(x, memory), torch.stack(expected), atol=1e-5)
+    assert torch.allclose(model.eval()(x, memory), torch.stack(expected), atol=1e-5)
+    assert torch.equal(memory, untouched)
+    norms = {id(block.norm_memory) for block in model.blocks}
+    assert len(norms) == 2
+    assert all(isinstance(block.norm_memory, nn.LayerNorm) == norm_memory for block in model.blocks)
+
+
+def test_cross_attention_begins_with_three_matrices_and_self_attention_with_one():
+    torch.manual_seed(0)
+    model = CrossTransformer(64, 1, 4).apply(initialize_linear)
+    layer = model.blocks[0].layer
+    # Xavier's bound, sqrt(6 / (inputs + outputs)), which the largest of 12,288 uniform numbers comes close to.
+    for attention, outputs in ((layer.self_attn, 3 * 64), (layer.multihead_attn, 64)):
+        bound = (6 / (64 + outputs)) ** 0.5
+        for weight in attention.in_proj_weight.chunk(3):
+            assert 0.98 * bound < float(weight.detach().abs().max()) <= bound
+        assert not attention.in_proj_bias.any()
+        assert not attention.out_proj.bias.any()
 
 
 # -- teachers ----------------------------------------------------------------------------------------------------

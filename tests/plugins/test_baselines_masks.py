@@ -26,7 +26,7 @@ CAE = Block(hidden=98, exact=True)
 BEIT = Block(hidden=75)
 
 
-@pytest.mark.parametrize("check", checks(Random, Tube, Block, Block(exact=True)))
+@pytest.mark.parametrize("check", checks(Random, Random(truncated="hidden"), Tube, Block, Block(exact=True)))
 def test_conforms(check):
     check()
 
@@ -58,6 +58,16 @@ def hidden_by(strategy, batch=64, grid=(14, 14), seed=0):
 def test_random_keeps_the_truncated_number(grid, ratio, kept):
     visible = ~hidden_by(Random(ratio=ratio), grid=grid)
     assert visible.flatten(1).sum(1).tolist() == [kept] * 64
+
+
+@pytest.mark.parametrize(
+    ("positions", "visible", "hidden"), [(196, 19, 20), (64, 6, 7), (16, 1, 2), (4, 1, 1), (1, 1, 1)]
+)
+def test_random_truncates_the_number_that_it_is_told_to(positions, visible, hidden):
+    """Of 196 patches at 0.9 MAE keeps 19, and CroCo hides 176."""
+    for truncated, kept in (("visible", visible), ("hidden", hidden)):
+        removed = hidden_by(Random(ratio=0.9, truncated=truncated), grid=(positions,))
+        assert (~removed).sum(1).tolist() == [kept] * 64
 
 
 def test_random_gives_every_subset_the_same_chance():

@@ -184,7 +184,11 @@ def data(settings: Settings, objective: Objective) -> ImageSource | TextSource:
     usual = 224 if objective.backbone == "conv" else 32
     size = section.size or models.image_size(settings.model) or usual
     return load_images(
-        section.source, size=size, channels=models.channels(settings.model), seed=settings.run.seed
+        section.source,
+        size=size,
+        channels=models.channels(settings.model),
+        seed=settings.run.seed,
+        second_view=(section.views or "auto") if "pixels_other_view" in objective.needs else None,
     )
 
 
@@ -354,8 +358,8 @@ def pooled(backbone: Any, pixels: Tensor) -> Tensor:
 
 
 def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
-    """Of some held-out images `originals` in [0, 1], `masks`, `reconstructions` where the objective makes them, and the maps of
-    the encoder's features (see `features.maps`)."""
+    """Of some held-out images `originals` in [0, 1], `masks`, `other_views` and `reconstructions` where there are any, and the
+    maps of the encoder's features (see `features.maps`)."""
     source = trained.source
     assert isinstance(source, ImageSource)
     seen = spread_over(source.evaluation("held_out"), CANDIDATES)
@@ -367,6 +371,8 @@ def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
     keep = out["mask"].keep if not isinstance(out["mask"], AttentionMask) else None
     if keep is not None and keep.ndim == 3:
         tensors["masks"] = keep
+    if "pixels_other_view" in batch:
+        tensors["other_views"] = source.denormalize(batch["pixels_other_view"])
     reconstruction = out["outputs"].get("reconstruction")
     if reconstruction is not None and reconstruction.shape == batch["pixels"].shape:
         tensors["reconstructions"] = source.denormalize(reconstruction)

@@ -92,6 +92,12 @@ class DataSection:
     size: int | None = setting(
         None, "pixels a side; a model folder's own where left out", ge=1, optional=True
     )
+    views: str | None = setting(
+        None,
+        "a second view of each image: another crop, or the other file of a pair; pairs, where left out, if all images are in pairs",
+        choices=("crops", "pairs"),
+        optional=True,
+    )
     length: int | None = setting(None, "tokens a sample", ge=2, optional=True)
     vocabulary: int | None = setting(None, "size of a tokenizer that is made here", ge=32, optional=True)
 

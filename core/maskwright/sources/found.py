@@ -11,8 +11,8 @@ from torch import Tensor
 
 from maskwright.errors import BadData
 from maskwright.sources.embedded import HELD_OUT, normalisation
-from maskwright.sources.pictures import Collection, Encoded, Items
-from maskwright.sources.views import centre_square, random_resized_crops
+from maskwright.sources.pictures import Collection, Encoded, Items, Paired
+from maskwright.sources.views import centre_square, random_resized_crops, shifted_squares
 
 TRAINING = ("train", "training")
 HOLDING_OUT = ("validation", "valid", "val", "dev", "held-out", "held_out", "test", "testing", "eval")
@@ -23,6 +23,7 @@ HOLDING_OUT = ("validation", "valid", "val", "dev", "held-out", "held_out", "tes
 class Found:
     """A user's images, with labels int64 [N] and their `classes` where there are any.
 
+    `others`, where images are in pairs, are as many more, which show the scenes of the first ones.
     `kind` says what was recognised, `held_out` (bool [N]) which ones the user keeps from training: without it one image in
     five of each class is held out. `damage` says what could not be read so far, and why; `remark` what else is worth saying.
     """
@@ -34,16 +35,20 @@ class Found:
     classes: Sequence[str]
     label: str
     held_out: Tensor | None = None
+    others: Items | None = None
     damage: MutableMapping[str, str] = attrs.field(factory=dict)
     remark: str = ""
 
 
 def collection(found: Found, size: int, channels: int) -> Collection:
-    """Random crops for training, the middle square for evaluation."""
+    """Random crops for training, the middle square for evaluation. Crops of pairs are larger: both show the same things."""
+    crops = (
+        random_resized_crops(least=0.2, most=1.0, mirror=True) if found.others is None else shifted_squares
+    )
     return Collection(
         name=f"{found.path} ({'; '.join(filter(None, (found.kind, found.remark)))})",
         parts=_parts(found, channels, 2 * size),
-        views=random_resized_crops(least=0.2, most=1.0, mirror=True),
+        views=crops,
         fixed=centre_square,
         classes=found.classes,
         label=found.label,
@@ -51,7 +56,7 @@ def collection(found: Found, size: int, channels: int) -> Collection:
     )
 
 
-def _parts(found: Found, channels: int, enough: int) -> dict[str, Encoded]:
+def _parts(found: Found, channels: int, enough: int) -> dict[str, Encoded | Paired]:
     """ "train" and "held_out", each with at least one image that can be decoded.
 
     Where all of a part that was chosen here are damaged, the rest is parted again. Raises `BadData` where nothing is left.
@@ -61,14 +66,7 @@ def _parts(found: Found, channels: int, enough: int) -> dict[str, Encoded]:
         held_out = _held_out(found.labels[usable]) if found.held_out is None else found.held_out[usable]
         train = ~held_out if len(usable) > 1 else held_out
         parts = {
-            split: Encoded(
-                found.items,
-                usable[chosen],
-                found.labels,
-                channels=channels,
-                enough=enough,
-                damage=found.damage,
-            )
+            split: _part(found, usable[chosen], channels, enough)
             for split, chosen in (("train", train), ("held_out", held_out))
         }
         broken = [part for part in parts.values() if not part.readable()]
@@ -82,6 +80,15 @@ def _parts(found: Found, channels: int, enough: int) -> dict[str, Encoded]:
         if not len(usable)
         else f"A split of {found.path} ({found.remark}) has no image that can be read{examples(found.damage)}"
     )
+
+
+def _part(found: Found, chosen: Tensor, channels: int, enough: int) -> Encoded | Paired:
+    first, *second = (
+        Encoded(items, chosen, found.labels, channels=channels, enough=enough, damage=found.damage)
+        for items in (found.items, found.others)
+        if items is not None
+    )
+    return Paired(first, second[0]) if second else first
 
 
 def examples(damage: Mapping[str, str], count: int = 3) -> str:

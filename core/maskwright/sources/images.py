@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from maskwright.errors import BadData
-from maskwright.sources import embedded
+from maskwright.sources import EMBEDDED_IMAGES, embedded, pairs
 from maskwright.sources.decoding import SUFFIXES, decode
 from maskwright.sources.embedded import IMAGENET_MEAN, IMAGENET_STD
 from maskwright.sources.found import collection
 from maskwright.sources.paths import look
-from maskwright.sources.pictures import Collection, Pictures
+from maskwright.sources.pictures import Collection, Paired, Pictures
 from maskwright.sources.randomness import uniforms
-from maskwright.sources.views import Views, resized_crops
+from maskwright.sources.second_views import SecondView
+from maskwright.sources.views import Views, resized_crops, sizes_of
 
 SMALLEST = 8
 """Images of fewer pixels a side are refused: there is nothing to mask in them."""
@@ -49,6 +50,7 @@ class ImageSource:
         mean: Sequence[float],
         std: Sequence[float],
         label: str = "",
+        second: SecondView | None = None,
         evaluations: dict[str, ImageSource] | None = None,
     ) -> None:
         self.name = name
@@ -62,6 +64,9 @@ class ImageSource:
         self.std = tuple(std)
         self._pictures = pictures
         self._views = views
+        self._second = second
+        if second is not None:
+            self.columns = ImageSource.columns | {"pixels_other_view"}
         self._evaluations = evaluations or {}
 
     def __len__(self) -> int:
@@ -85,7 +90,8 @@ class ImageSource:
     def summary(self) -> str:
         """One line for a report."""
         held_out = self._evaluations.get("held_out")
-        counts = f"{len(self)} images" + (f", {len(held_out)} held out" if held_out is not None else "")
+        images = "images" if self._second is None else self._second.words
+        counts = f"{len(self)} {images}" + (f", {len(held_out)} held out" if held_out is not None else "")
         classes = f", {len(self.classes)} classes" if self.labelled else ", no labels"
         count = len(self.damage)
         skipped = f", {count} unreadable file{'s' if count > 1 else ''} skipped" if count else ""
@@ -98,13 +104,26 @@ class ImageSource:
         return noise.argsort(stable=True)
 
     def batch(self, indices: Tensor, epoch: int = 0) -> dict[str, Tensor]:
-        """`pixels` float32 [B, C, size, size], normalised, and `labels` int64 [B], of samples int64 [B] in an epoch."""
-        pictures, labels = self._pictures.take(indices)
-        sizes = torch.tensor([(p.height, p.width) for p in pictures], dtype=torch.float64).view(-1, 2)
-        boxes, mirrored = self._views(uniforms(self.seed, epoch, indices, 5), sizes)
-        pixels = resized_crops(pictures, boxes, self.size, self.channels)
-        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-        return {"pixels": (pixels / 255 - _column(self.mean)) / _column(self.std), "labels": labels}
+        """`pixels` float32 [B, C, size, size], normalised, and `labels` int64 [B], of samples int64 [B] in an epoch.
+
+        With second views there are `pixels_other_view` as well, of the same shape.
+        """
+        if self._second is not None:
+            columns, labels = self._second.draw(
+                self._pictures,
+                self._views,
+                indices,
+                seed=self.seed,
+                epoch=epoch,
+                size=self.size,
+                channels=self.channels,
+            )
+        else:
+            pictures, labels = self._pictures.take(indices)
+            boxes, mirrored = self._views(uniforms(self.seed, epoch, indices, 5), sizes_of(pictures))
+            columns = {"pixels": resized_crops(pictures, boxes, mirrored, self.size, self.channels)}
+        mean, std = _column(self.mean), _column(self.std)
+        return {**{name: (pixels - mean) / std for name, pixels in columns.items()}, "labels": labels}
 
     def evaluation(self, split: str = "held_out") -> ImageSource:
         """The "train" or "held_out" images as fixed views without augmentation, for probes and pictures."""
@@ -121,7 +140,13 @@ class ImageSource:
 
 
 def load_images(
-    source: str | os.PathLike[str], *, size: int, channels: int = 3, crops: int = 2048, seed: int = 0
+    source: str | os.PathLike[str],
+    *,
+    size: int,
+    channels: int = 3,
+    crops: int = 2048,
+    seed: int = 0,
+    second_view: str | None = None,
 ) -> ImageSource:
     """The images of a name or a path, as squares of `size` pixels.
 
@@ -135,6 +160,9 @@ def load_images(
     - a folder that Hugging Face's `save_to_disk` wrote.
 
     Of a path, every fifth image of a label is held out, where the user's names do not say what is (`train` and `val`).
+    With a `second_view` each sample also shows `pixels_other_view` of the same scene, and the training views of both have colours
+    of their own: "pairs" takes it from a folder's pairs of files (see `maskwright.sources.pairs`), "crops" is another crop of the
+    same picture that shares at least half with the first, "auto" the former where all images of a folder are in pairs.
     Raises `BadData` for what is missing, empty, of no known kind or without a readable image, for a package that is missing,
     and for sizes that make no sense.
     """
@@ -143,20 +171,30 @@ def load_images(
             raise BadData(f"{word}={value!r} must be a whole number of at least {least}.")
     if channels not in (1, 3):
         raise BadData(f"channels={channels!r} must be 3 (colour) or 1 (grey).")
-    return _source(_collection(os.fspath(source), size, channels, crops), size, seed)
+    if second_view is not None and second_view not in pairs.KINDS:
+        raise BadData(f"second_view={second_view!r} must be one of {', '.join(pairs.KINDS)}, or None.")
+    made = _collection(os.fspath(source), size, channels, crops, second_view)
+    return _source(made, size, seed, second_view is not None)
 
 
-def _collection(source: str, size: int, channels: int, crops: int) -> Collection:
+def _collection(source: str, size: int, channels: int, crops: int, second_view: str | None) -> Collection:
+    if source in EMBEDDED_IMAGES and second_view == "pairs":
+        raise BadData(f"The data {source!r} have no pairs of files; set data.views to 'crops'.")
     if source == "digits":
         return embedded.digits(channels)
     if source == "photographs":
         return embedded.photographs(size, channels, crops)
     if source == "rotated-photographs":
         return embedded.rotated_photographs(size, channels, crops)
-    return collection(look(source), size, channels)
+    found = look(source)
+    if second_view in ("auto", "pairs"):
+        found = pairs.with_partners(found, second_view)
+    return collection(found, size, channels)
 
 
-def _source(made: Collection, size: int, seed: int) -> ImageSource:
+def _source(made: Collection, size: int, seed: int, two_views: bool) -> ImageSource:
+    paired = isinstance(made.parts["train"], Paired)
+
     def part(name: str, pictures: Pictures, views: Views, seed: int, **rest: Any) -> ImageSource:
         return ImageSource(
             name,
@@ -172,10 +210,19 @@ def _source(made: Collection, size: int, seed: int) -> ImageSource:
         )
 
     evaluations = {
-        split: part(f"{made.name}, {split}", pictures, made.fixed, seed + 1)
+        split: part(
+            f"{made.name}, {split}",
+            pictures,
+            made.fixed,
+            seed + 1,
+            second=SecondView(made.fixed if paired else made.views, jitter=False, paired=paired)
+            if two_views
+            else None,
+        )
         for split, pictures in made.parts.items()
     }
-    return part(made.name, made.parts["train"], made.views, seed, evaluations=evaluations)
+    second = SecondView(made.views, jitter=True, paired=paired) if two_views else None
+    return part(made.name, made.parts["train"], made.views, seed, second=second, evaluations=evaluations)
 
 
 def _column(values: Sequence[float]) -> Tensor:

@@ -112,6 +112,11 @@ class Encoded:
         return len(self.chosen)
 
     def take(self, indices: Tensor) -> tuple[Sequence[Image.Image], Tensor]:
+        found = self.found(indices)
+        return [picture for _, picture in found], self.labels[[index for index, _ in found]]
+
+    def found(self, indices: Tensor) -> list[tuple[int, Image.Image]]:
+        """For each index the picture, and the index that it really has."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             found = list(threads.map(self._nearest_readable, indices.tolist()))
         for index, picture in found:
@@ -119,7 +124,7 @@ class Encoded:
             if index not in self._kept and self._kept_bytes + size <= _CACHE_BYTES:
                 self._kept[index] = picture
                 self._kept_bytes += size
-        return [picture for _, picture in found], self.labels[[index for index, _ in found]]
+        return found
 
     def readable(self) -> bool:
         """Whether there is any picture that can be decoded; as many are tried as it takes."""
@@ -146,3 +151,51 @@ class Encoded:
     def _example(self) -> str:
         name = self.items.name(int(self.chosen[0]))
         return f"{name} ({self.damage[name]})"
+
+
+class Paired:
+    """Pairs of a user's images: the i-th of `first` and the i-th of `second` show one scene.
+
+    Where either of them turns out to be damaged, the next pair that can be read stands in for both.
+    """
+
+    def __init__(self, first: Encoded, second: Encoded) -> None:
+        self.first = first
+        self.second = second
+
+    @property
+    def chosen(self) -> Tensor:
+        """The items that the first pictures are, int64 [N]."""
+        return self.first.chosen
+
+    @property
+    def damage(self) -> Mapping[str, str]:
+        """Of both, which share it."""
+        return self.first.damage
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def take(self, indices: Tensor) -> tuple[Sequence[Image.Image], Tensor]:
+        """The first pictures and their labels."""
+        first, _, labels = self.take_both(indices)
+        return first, labels
+
+    def take_both(self, indices: Tensor) -> tuple[Sequence[Image.Image], Sequence[Image.Image], Tensor]:
+        """First and second pictures, and labels int64 [B]. Raises `BadData` when no pair is left whole."""
+        for _ in range(len(self) + 1):
+            sides = [side.found(indices) for side in (self.first, self.second)]
+            places = [torch.tensor([place for place, _ in side], dtype=torch.int64) for side in sides]
+            if bool((places[0] == indices).all() and (places[1] == indices).all()):
+                first, second = ([picture for _, picture in side] for side in sides)
+                return first, second, self.first.labels[indices]
+            indices = torch.where(places[0] != indices, places[0], places[1])
+        raise BadData(f"Of {len(self)} pairs of images there is none of which both can be decoded.")
+
+    def readable(self) -> bool:
+        """Whether there is any pair that can be decoded."""
+        try:
+            self.take(torch.tensor([0]))
+        except BadData:
+            return False
+        return True

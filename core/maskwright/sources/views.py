@@ -49,15 +49,30 @@ def centre_square(u: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([(sizes - side) / 2, side], 1), torch.zeros(len(u), dtype=torch.bool)
 
 
+def shifted_squares(u: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares of 7/8 of the middle square's side somewhere in it: the official 224 of 256 pixels. For pairs of files."""
+    whole = sizes.amin(1, keepdim=True)
+    side = (whole * 7 / 8).expand(-1, 2)
+    corners = (sizes - whole) / 2 + (whole - side) * u[:, 2:4]
+    return torch.cat([corners, side], 1), torch.zeros(len(u), dtype=torch.bool)
+
+
 def whole_picture(u: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """All of it."""
     return torch.cat([torch.zeros_like(sizes), sizes], 1), torch.zeros(len(u), dtype=torch.bool)
 
 
-def resized_crops(pictures: Sequence[Image.Image], boxes: Tensor, size: int, channels: int) -> Tensor:
-    """Boxes [B, 4] (top, left, height, width, in pixels) of B pictures, as float32 [B, C, size, size], values 0 to 255.
+def sizes_of(pictures: Sequence[Image.Image]) -> Tensor:
+    """Heights and widths in pixels, float64 [B, 2]."""
+    return torch.tensor([(one.height, one.width) for one in pictures], dtype=torch.float64).view(-1, 2)
 
-    Linear interpolation with averaging where the picture shrinks, as Pillow's; whole values.
+
+def resized_crops(
+    pictures: Sequence[Image.Image], boxes: Tensor, mirrored: Tensor, size: int, channels: int
+) -> Tensor:
+    """Boxes [B, 4] (top, left, height, width, in pixels) of B pictures, as float32 [B, C, size, size] in [0, 1].
+
+    Where `mirrored` (bool [B]) left is right. Linear interpolation with averaging where the picture shrinks, as Pillow's; whole values.
     """
     from PIL import Image
 
@@ -69,4 +84,5 @@ def resized_crops(pictures: Sequence[Image.Image], boxes: Tensor, size: int, cha
         box = (left, top, min(right, picture.width), min(bottom, picture.height))
         crop = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
         place[:] = np.asarray(crop).reshape(size, size, channels)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    upright = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return torch.where(mirrored[:, None, None, None], upright.flip(-1), upright)
