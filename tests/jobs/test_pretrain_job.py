@@ -164,7 +164,8 @@ def test_the_summary_has_the_held_out_loss_and_the_probes(finished):
 
 def test_the_pictures_are_in_range_and_visible_patches_stay_as_they_are(finished):
     tensors = load_file(finished.folder / "pictures.safetensors")
-    assert set(tensors) == {"originals", "masks", "reconstructions"}
+    maps = {"chosen", "similarity", "components"}
+    assert set(tensors) == {"originals", "masks", "reconstructions", *maps}
     for name in ("originals", "reconstructions"):
         assert tensors[name].shape == (8, 3, 8, 8)
         assert 0 <= tensors[name].min() <= tensors[name].max() <= 1

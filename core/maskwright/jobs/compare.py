@@ -427,13 +427,17 @@ def _cell(column: Column, group: Group, groups: Sequence[Group]) -> tuple[str, s
 
 def _best(column: Column, groups: Sequence[Group]) -> set[int]:
     """The numbers of the groups with the best mean, among those that can be compared: of one data, and for a loss of one
-    objective; nobody where there are no two of them, or all are level."""
+    objective under one strategy; nobody where there are no two of them, or all are level."""
     best: set[int] = set()
     sorts: dict[Any, list[Group]] = {}
     for group in groups:
         if column.good and group.values(column.key):
-            objective = [(name, repr(value)) for name, value in group.settings.items() if "objective" in name]
-            key = (group.data, tuple(objective) if column.key == "held_out_loss" else ())
+            parts = [
+                (name, repr(value))
+                for name, value in group.settings.items()
+                if name.startswith(("objective.", "strategy."))
+            ]
+            key = (group.data, tuple(parts) if column.key == "held_out_loss" else ())
             sorts.setdefault(key, []).append(group)
     for alike in sorts.values():
         means = {group.number: statistics.fmean(group.values(column.key)) for group in alike}

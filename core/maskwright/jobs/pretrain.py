@@ -358,8 +358,8 @@ def pooled(backbone: Any, pixels: Tensor) -> Tensor:
 
 
 def pictures(trained: Trained, run: Run) -> dict[str, Tensor]:
-    """Of some held-out images `originals` in [0, 1], `masks`, `other_views` and `reconstructions` where there are any, and the maps of
-    the encoder's features (see `features.maps`)."""
+    """Of some held-out images `originals` in [0, 1], `masks`, `other_views` and `reconstructions` where there are any, and the
+    maps of the encoder's features (see `features.maps`)."""
     source = trained.source
     assert isinstance(source, ImageSource)
     seen = spread_over(source.evaluation("held_out"), CANDIDATES)
