@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -216,6 +217,7 @@ def recorded(backbone: Any, calls: list[Step]) -> Iterator[None]:
 
 
 def _recording(call: Callable[..., Any], calls: list[Step]) -> Callable[..., Any]:
+    @wraps(call)  # objectives look at what `encode` takes
     def recording(*given: Any, **told: Any) -> Any:
         if torch.is_grad_enabled():
             calls.append(_again(call, given, told))

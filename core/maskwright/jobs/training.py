@@ -155,8 +155,9 @@ class MaskedTraining(nn.Module):
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._unstepped:
             return
-        mine = {id(parameter) for parameter in self.parameters()}
-        if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        # Ends at the first that is held: walking through every module would cost more than drawing the mask.
+        if any(id(parameter) in held for parameter in self.parameters()):
             self._unstepped = False
             self.steps += 1
             self.bound.after_step(self.current_progress())
