@@ -162,11 +162,11 @@ def _rows(kind: str, number: int, pairs: list[tuple[Epoch, Epoch]]) -> list[Row]
         {
             "what": f"{words}, {when}: a step",
             "ratio": statistics.median(mine[0] / its[0] for mine, its in pairs),
-            "bound": 1.0,
+            "bound": None if number == 0 else 1.0,
             "seconds": seconds,
             "peer_seconds": its_seconds,
-            "note": "the peer decodes, crops and stacks in the loop, which takes "
-            f"{its_waited / its_seconds:.0%} of its step",
+            "note": f"the peer decodes, crops and stacks in the loop, {its_waited / its_seconds:.0%} of its step"
+            + (f"; two batches more than the {EPOCH} that are used are decoded ahead" if number == 0 else ""),
         },
         {
             "what": f"{words}, {when}: waiting, as a share of the step",

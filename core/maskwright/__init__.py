@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from maskwright.mask import AttentionMask as AttentionMask
     from maskwright.mask import Layout as Layout
     from maskwright.mask import Mask as Mask
+    from maskwright.mask import StagedMask as StagedMask
     from maskwright.mask import load_masks as load_masks
     from maskwright.mask import save_masks as save_masks
     from maskwright.protocols import Batch as Batch
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from maskwright.protocols import Signals as Signals
     from maskwright.protocols import SparsityReport as SparsityReport
     from maskwright.registry import Registry as Registry
+    from maskwright.registry import component as component
     from maskwright.registry import create as create
     from maskwright.registry import names as names
     from maskwright.settings import setting as setting
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "maskwright.mask": ("Mask", "AttentionMask", "Layout", "save_masks", "load_masks"),
+    "maskwright.mask": ("Mask", "StagedMask", "AttentionMask", "Layout", "save_masks", "load_masks"),
     "maskwright.protocols": (
         *(
             "MaskStrategy",
@@ -59,7 +61,7 @@ _HOMES = {
         ),
         *("PruneTask", "PruneResult", "SparsityReport", "SampleRequest", "Samples"),
     ),
-    "maskwright.registry": ("Registry",),
+    "maskwright.registry": ("Registry", "component"),
     "maskwright.settings": ("setting",),
     "maskwright.hookspecs": ("hookimpl",),
     "maskwright.backbones": ("adapt",),

@@ -50,8 +50,16 @@ class MissingSignal(UsageError):
     """A strategy needs a signal that the chosen objective does not provide."""
 
 
+class CountsMismatch(UsageError, ValueError):
+    """A strategy keeps unequal numbers of positions, and the objective needs equal ones."""
+
+
 class MissingColumn(UsageError):
     """An objective needs a batch column that the data do not have."""
+
+
+class OverlappingMasks(UsageError, ValueError):
+    """Rows that an objective mixes keep the same position, or the strategy does not promise that they will not."""
 
 
 class BackboneMismatch(UsageError, TypeError):
@@ -127,3 +135,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'a' or 'b'?`, or nothing."""
     close = nearest(word, known)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def reason(error: BaseException) -> str:
+    """An error's first line, without the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = str(error).partition("\n")[0].strip().removeprefix("Error while serializing: ")
+    return said.removeprefix("I/O error: ") or type(error).__name__

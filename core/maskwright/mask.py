@@ -1,4 +1,4 @@
-"""`Mask`, `AttentionMask` and `Layout`: one polarity, True = visible / kept / attended, always.
+"""`Mask`, `StagedMask`, `AttentionMask` and `Layout`: one polarity, True = visible / kept / attended, always.
 
 The converters (`as_*`, `from_*`) are the only places where another library's polarity appears.
 """
@@ -240,6 +240,41 @@ class Mask:
     def from_hf_attention(cls, attend: Tensor) -> Mask:
         """From 1 = attend."""
         return Mask(_binary(attend, "from_hf_attention"))
+
+
+class StagedMask(Mask):
+    """A mask that falls in stages as a network gets deeper: what is hidden once stays hidden.
+
+    `survived` int64 [B, *grid] says through how many of the `stages` a position stays visible; `keep`, the mask as anybody else
+    sees it, is what survives them all. Algebra, `upsample` and files make a plain mask of it.
+    """
+
+    survived: Tensor
+    stages: int
+
+    def __init__(self, survived: Tensor, stages: int) -> None:
+        if stages < 1 or survived.is_floating_point() or survived.dtype == torch.bool:
+            raise MaskShapeError(
+                f"StagedMask needs whole numbers of survived stages and at least 1 stage, got {survived.dtype} and {stages}."
+            )
+        super().__init__(survived >= stages)
+        self.__dict__.update(survived=survived, stages=stages)
+
+    def stage(self, index: int) -> Mask:
+        """The mask in force from stage `index` on, 0-based."""
+        return Mask(self.survived > index)
+
+    def to(self, device: torch.device | str) -> StagedMask:
+        """The same mask on another device."""
+        return StagedMask(self.survived.to(device), self.stages)
+
+    def flatten(self) -> StagedMask:
+        """[B, *grid] → [B, N], row-major."""
+        return StagedMask(self.survived.flatten(1), self.stages)
+
+    def rows(self, rows: slice) -> StagedMask:
+        """Some of the samples."""
+        return StagedMask(self.survived[rows], self.stages)
 
 
 def _binary(tensor: Tensor, converter: str) -> Tensor:

@@ -40,8 +40,11 @@ class Component(Protocol):
 class MaskStrategy(Protocol):
     """Decides what is hidden.
 
-    Class attributes beside those of `Component`: `needs`, the signals it must be given; optionally `monotone`, the
-    parameters (or "progress") that never shrink the hidden set as they grow, and `exempt` (see maskwright.testing).
+    Class attributes beside those of `Component`: `needs`, the signals it must be given; optionally `counts`, "exact" (the
+    default: every row of a draw keeps the same number) or "bounded", and `exact_with`, the parameters that make bounded
+    counts exact; `disjoint_rows`, how many consecutive rows keep no position twice (4: rows 0 … 3, rows 4 … 7, …, the last ones
+    may be fewer; 1 without it); `monotone`, the parameters (or "progress") that never shrink the hidden set as they grow; and
+    `exempt` (see maskwright.testing).
     """
 
     kind: ClassVar[str]
@@ -112,8 +115,10 @@ class BoundObjective(nn.Module):
 class Objective(Protocol):
     """Decides what is learned from what is left.
 
-    `backbone` names the kind of backbone it works on (a protocol of maskwright.backbones: "patch", "conv", "token",
-    "denoiser"). `needs` are batch columns; `provides` are signals that its bound form can compute.
+    `backbone` names the kind of backbone it works on (a protocol of maskwright.backbones: "patch", "grid", "conv", "token",
+    "denoiser"). `needs` are batch columns; `provides` are signals that its bound form can compute. Optionally `counts`:
+    "exact" where every row must keep the same number of positions, "any" (the default) otherwise. `disjoint_rows`, how
+    many consecutive rows must keep no position twice, because it mixes them: strategies that do not promise it are refused.
     """
 
     kind: ClassVar[str]

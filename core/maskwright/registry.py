@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
@@ -30,10 +30,12 @@ import pluggy
 from maskwright import hookspecs
 from maskwright.errors import (
     BadParameter,
+    CountsMismatch,
     MaskwrightError,
     MissingColumn,
     MissingSignal,
     NameConflict,
+    OverlappingMasks,
     PluginLoadError,
     RegistryFileError,
     UnknownComponent,
@@ -52,6 +54,12 @@ BUILT_IN = "maskwright"
 METHODS = {"mask-strategy": "draw", "objective": "bind", "pruner": "prune", "sampler": "sample"}
 """What a component of each kind is called with."""
 
+COUNTS = {"mask-strategy": ("exact", "bounded"), "objective": ("any", "exact")}
+"""The words that `counts` may be, the default first: what a strategy keeps in each row, and what an objective takes.
+
+"exact" is an equal number of visible positions in every row of a draw.
+"""
+
 _PLUGIN_KEYS = frozenset({"module", "title", "paper", "code", "family", "extras", "components"})
 _COMPONENT_KEYS = frozenset(
     {
@@ -61,9 +69,12 @@ _COMPONENT_KEYS = frozenset(
         "summary",
         "needs",
         "provides",
+        "counts",
+        "exact_with",
         "backbone",
         "domain",
         "budgets",
+        "disjoint_rows",
         "exempt",
         "parameters",
     }
@@ -142,9 +153,14 @@ class ComponentInfo:
     summary: str = ""
     needs: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
+    counts: str = ""
+    """A word of `COUNTS`, with the default parameters; empty for the kind's default."""
+    exact_with: Mapping[str, str] = attrs.field(factory=dict)
+    """Parameters, as Python spells them, with which a strategy of bounded counts keeps equal ones."""
     backbone: str = ""
     domain: str = ""
     budgets: frozenset[str] = frozenset()
+    disjoint_rows: int = 1
     exempt: Mapping[str, str] = attrs.field(factory=dict)
     parameters: tuple[Parameter, ...] = ()
 
@@ -152,6 +168,11 @@ class ComponentInfo:
     def qualified(self) -> str:
         """`distribution/name`, which is never ambiguous between distributions; `plugin/name` for a user's own file."""
         return f"{self.plugin.owner}/{self.name}"
+
+    @property
+    def exact_parameters(self) -> str:
+        """What a strategy of bounded counts must be given to keep equal ones, such as "exact=True"; or nothing."""
+        return ", ".join(f"{name}={value}" for name, value in self.exact_with.items())
 
 
 class Registry:
@@ -642,6 +663,9 @@ def _complaint(component: Any) -> str:
         return f"its `kind` must be one of {', '.join(KINDS)} and its `name` kebab-case; they are {kind!r} and {name!r}."
     if not callable(getattr(component, METHODS[kind], None)):
         return f"{_a(kind)} has a method `{METHODS[kind]}`."
+    counts = getattr(component, "counts", "")
+    if isinstance(counts, str) and counts and counts not in COUNTS.get(kind, ()):
+        return f"`counts` of {_a(kind)} may be {' or '.join(map(repr, COUNTS.get(kind, ('nothing',))))}, not {counts!r}."
     return ""
 
 
@@ -739,6 +763,10 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
     parameters = entry.get("parameters", [])
     if not isinstance(parameters, list):
         raise RegistryFileError(f"{path}, {where}: parameters must be a list of tables, not {parameters!r}.")
+    counts = _text(entry, "counts", path, where)
+    if counts and counts not in COUNTS.get(kind, ()):
+        legal = ", ".join(COUNTS.get(kind, ())) or f"nothing of {_a(kind)}"
+        raise RegistryFileError(f"{path}, {where}: counts {counts!r} must be {legal}.")
     inside = f"{where} parameters"
     for parameter in parameters:
         _legal_keys(_table(parameter, path, inside), _PARAMETER_KEYS, path, inside)
@@ -746,9 +774,16 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
             _text(parameter, key, path, inside)
         if not parameter.get("name"):
             raise RegistryFileError(f"{path}, {inside}: each needs a `name`.")
-    exempt = _table(entry.get("exempt", {}), path, f"{where} exempt")
-    for rule in exempt:
-        _text(exempt, rule, path, f"{where} exempt")
+    tables = {}
+    for key in ("exempt", "exact_with"):
+        tables[key] = _table(entry.get(key, {}), path, f"{where} {key}")
+        for name_within in tables[key]:
+            _text(tables[key], name_within, path, f"{where} {key}")
+    rows = entry.get("disjoint_rows", 1)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise RegistryFileError(
+            f"{path}, {where}: disjoint_rows {rows!r} must be a whole number of at least 1."
+        )
     return ComponentInfo(
         kind=kind,
         name=name,
@@ -760,7 +795,9 @@ def _read_component(entry: Any, plugin: PluginInfo, path: Location, where: str) 
         backbone=_text(entry, "backbone", path, where),
         domain=_text(entry, "domain", path, where),
         budgets=frozenset(_texts(entry, "budgets", path, where)),
-        exempt=exempt,
+        counts=counts,
+        **tables,
+        disjoint_rows=rows,
         parameters=tuple(Parameter(**parameter) for parameter in parameters),
     )
 
@@ -946,12 +983,41 @@ def describe_component(component: type, plugin: PluginInfo) -> ComponentInfo:
         summary=(component.__doc__ or "").strip().partition("\n")[0].rstrip("."),
         needs=words("needs"),
         provides=words("provides"),
+        counts=_describe_counts(component),
+        exact_with={name: repr(value) for name, value in getattr(component, "exact_with", {}).items()},
         backbone=getattr(component, "backbone", ""),
         domain=getattr(component, "domain", ""),
         budgets=words("budgets"),
+        disjoint_rows=_disjoint_rows(component),
         exempt=dict(getattr(component, "exempt", {})),
         parameters=tuple(_describe_parameter(field) for field in fields),
     )
+
+
+def _describe_counts(component: type) -> str:
+    """The word of a class; where its instances differ (`counts` is a property) that of its default parameters.
+
+    Where a parameter has no default, it is the word that fits fewest partners.
+    """
+    default, other = COUNTS.get(component.kind, ("", ""))  # type: ignore[attr-defined]
+    counts = getattr(component, "counts", default)
+    if isinstance(counts, property):
+        try:
+            counts = component().counts
+        except (TypeError, MaskwrightError):
+            counts = other
+    return "" if counts == default else str(counts)
+
+
+def _disjoint_rows(component: type) -> int:
+    """What a class says of its consecutive rows; with its default parameters, where they decide."""
+    rows: Any = getattr(component, "disjoint_rows", 1)
+    if isinstance(rows, property):
+        try:
+            rows = component().disjoint_rows
+        except TypeError:  # a parameter has no default
+            return 1
+    return rows if isinstance(rows, int) else 1
 
 
 def _describe_parameter(field: attrs.Attribute[Any]) -> Parameter:
@@ -978,6 +1044,38 @@ def _describe_parameter(field: attrs.Attribute[Any]) -> Parameter:
         str(field.metadata.get("range", "")),
         str(field.metadata.get("help", "")),
     )
+
+
+def component(kind: str, default: Any = attrs.NOTHING, help: str = "") -> Any:
+    """An attrs field for a component inside a component.
+
+    It takes a registered name, a table with a `name` and that component's parameters, or a component that is made already, and
+    holds the component. Raises `BadParameter` for anything else, and what `Registry.create` raises.
+    """
+    metadata = {"help": help, "range": f"name of {_a(kind)}, or a table with a name", COMPONENT: kind}
+    return attrs.field(default=default, converter=partial(_made, kind), metadata=metadata)
+
+
+def _made(kind: str, given: Any) -> Any:
+    if isinstance(given, str):
+        return default().create(kind, given)
+    if isinstance(given, Mapping) and isinstance(given.get("name"), str):
+        return default().create(kind, **given)
+    if getattr(given, "kind", None) == kind and not isinstance(given, type):
+        return given
+    raise BadParameter(
+        f"{given!r} is no {kind}: give its name, a table with a `name` and its parameters, or one that create() made."
+    )
+
+
+COMPONENT = "component"
+"""Key in a field's metadata: the kind of the component that it holds."""
+
+
+def components_inside(component: type) -> dict[str, attrs.Attribute[Any]]:
+    """The fields of a component class that hold components, by parameter; `metadata[COMPONENT]` is the kind."""
+    fields = attrs.fields(component) if attrs.has(component) else ()
+    return {field.alias: field for field in fields if COMPONENT in field.metadata}
 
 
 def drift(described: Iterable[ComponentInfo], registered: Iterable[ComponentInfo]) -> list[str]:
@@ -1031,6 +1129,27 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'maskwright.registry' has no attribute {name!r}")
 
 
+def keeps_equal_counts(strategy: Any) -> bool:
+    """Whether every row of a draw of this strategy, as it was made, keeps the same number of positions.
+
+    Its class says `counts = "bounded"` when it may not (the default is "exact"), and `exact_with = {"exact": True}` when it
+    does with these parameters. `counts` may also be a property.
+    """
+    wanted: Mapping[str, Any] = getattr(strategy, "exact_with", {})
+    given = bool(wanted) and all(getattr(strategy, name) == value for name, value in wanted.items())
+    return given or getattr(strategy, "counts", "exact") == "exact"
+
+
+def needs_equal_counts(objective: Any) -> bool:
+    """Whether this objective needs the same number of visible positions in every row: it says `counts = "exact"`."""
+    return getattr(objective, "counts", "any") == "exact"
+
+
+def counts_fit(strategy: ComponentInfo, objective: ComponentInfo) -> bool:
+    """Whether a strategy with its default parameters keeps equal counts where the objective needs them."""
+    return objective.counts != "exact" or strategy.counts != "bounded"
+
+
 def check_fit(
     strategy: MaskStrategy,
     objective: Objective,
@@ -1038,9 +1157,11 @@ def check_fit(
     *,
     catalogue: Registry | None = None,
 ) -> None:
-    """Raise when the strategy needs a signal that nobody provides, or the objective a column the data lack.
+    """Raise when the strategy needs a signal that nobody provides, or the objective a column the data lack or equal counts.
 
-    Batch columns count as signals: a strategy may need "tokens". The message names who could provide what is missing.
+    Batch columns count as signals: a strategy may need "tokens". The message names who could provide what is missing, or
+    with which parameter, or which strategies, the counts are equal. Raises `OverlappingMasks` when the objective mixes more
+    rows than the strategy keeps disjoint (`disjoint_rows`).
     """
     if columns is not None and (lacking := objective.needs - columns):
         raise MissingColumn(
@@ -1057,6 +1178,36 @@ def check_fit(
             f"Strategy {strategy.name!r} needs the signal {_quoted(missing)}, which objective {objective.name!r} does not "
             f"provide; {advice}."
         )
+    if needs_equal_counts(objective) and not keeps_equal_counts(strategy):
+        wanted: Mapping[str, Any] = getattr(strategy, "exact_with", {})
+        if wanted:
+            spelled = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
+            advice = f"give {strategy.name!r} {spelled}"
+        else:
+            fitting = sorted(
+                info.name
+                for info in (catalogue or default()).find(kind="mask-strategy")
+                if info.counts != "bounded"
+                and info.needs <= offered
+                and (
+                    not info.modalities or info.modalities & getattr(objective, "modalities", info.modalities)
+                )
+            )
+            advice = f"use one that does: {_quoted(fitting)}" if fitting else "no registered strategy does"
+        raise CountsMismatch(
+            f"Strategy {strategy.name!r} does not keep the same number of positions in every sample, which objective "
+            f"{objective.name!r} needs; {advice}."
+        )
+    mixed, disjoint = (getattr(one, "disjoint_rows", 1) for one in (objective, strategy))
+    if disjoint % mixed:
+        suited = getattr(objective, "default_strategy", None)
+        fault, advice = f"keeps only {disjoint} disjoint", "give both the same number"
+        if disjoint == 1:
+            fault, advice = "draws each by itself", f"use {suited!r}" if suited else "use one that does"
+        raise OverlappingMasks(
+            f"Objective {objective.name!r} mixes {mixed} consecutive rows, whose masks must not overlap; strategy "
+            f"{strategy.name!r} {fault}; {advice}."
+        )
 
 
 def _quoted(names: Iterable[str]) -> str:
@@ -1064,16 +1215,22 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 __all__ = [
+    "COUNTS",
     "KINDS",
     "ComponentInfo",
     "Parameter",
     "PluginInfo",
     "Registry",
     "check_fit",
+    "component",
+    "components_inside",
+    "counts_fit",
     "default",
     "describe_component",
     "drift",
+    "keeps_equal_counts",
     "module_folder",
+    "needs_equal_counts",
     "plugin_folder",
     "read_catalogue",
     "recorded_claim",

@@ -93,6 +93,7 @@ class Block:
     needs: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     counts: ClassVar[str] = "bounded"
+    exact_with: ClassVar[dict[str, bool]] = {"exact": True}
 
     ratio: float = setting(0.4, "share of the patches that is hidden at most", ge=0, lt=1)
     exact: bool = setting(False, "go on until the number is met (CAE), instead of at most (BEiT)")

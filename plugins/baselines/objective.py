@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
+from maskwright.backbones import encode_visible
 from maskwright.errors import BadParameter, UnequalMaskCounts
 from maskwright.toolkit.decoders import DecoderInput, initialize_linear, transformer
 from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
@@ -36,6 +37,7 @@ class MaskedAutoencoder:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset()
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     example_parameters: ClassVar[dict[str, int]] = {
         "decoder_width": 16,
         "decoder_depth": 1,
@@ -82,13 +84,12 @@ class BoundMaskedAutoencoder(BoundObjective):
         """[B, C, H, W] → [B, P+K, D]: the encoder on prefix and visible tokens."""
         tokens = self.backbone.patches(pixels) + self.backbone.positions
         try:
-            visible = mask.gather_visible(tokens)
+            return encode_visible(self.backbone, tokens, mask)
         except UnequalMaskCounts as error:
             raise UnequalMaskCounts(
                 f"mae drops hidden patches, so each image must keep the same number of them. {error} "
                 "Or use the objective 'simmim', which takes any mask."
             ) from None
-        return self.backbone.encode(torch.cat([self.backbone.prefix(len(tokens)), visible], dim=1))
 
     def decode(self, encoded: Tensor, mask: Mask) -> Tensor:
         """[B, P+K, D] → [B, N, p·p·C]."""

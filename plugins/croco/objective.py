@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
+from maskwright.backbones import encode_visible
 from maskwright.errors import BadParameter, MaskShapeError, UnequalMaskCounts
 from maskwright.toolkit.decoders import CrossTransformer, DecoderInput, initialize_linear
 from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
@@ -103,16 +104,16 @@ class BoundCrossViewCompletion(BoundObjective):
         A backbone's class token takes part and is left behind: the decoder sees patches only, as CroCo has no such token.
         """
         tokens = self.backbone.patches(pixels) + self.backbone.positions
-        if mask is not None:
-            try:
-                tokens = mask.gather_visible(tokens)
-            except UnequalMaskCounts as error:
-                raise UnequalMaskCounts(
-                    f"croco drops hidden patches, so each image must keep the same number of them. {error}"
-                ) from None
         prefix = self.backbone.prefix(len(tokens))
-        encoded: Tensor = self.backbone.encode(torch.cat([prefix, tokens], dim=1))
-        return encoded[:, prefix.shape[1] :]
+        if mask is None:
+            encoded: Tensor = self.backbone.encode(torch.cat([prefix, tokens], dim=1))
+            return encoded[:, prefix.shape[1] :]
+        try:
+            return encode_visible(self.backbone, tokens, mask)[:, prefix.shape[1] :]
+        except UnequalMaskCounts as error:
+            raise UnequalMaskCounts(
+                f"croco drops hidden patches, so each image must keep the same number of them. {error}"
+            ) from None
 
     def decode(self, visible: Tensor, mask: Mask, other: Tensor) -> Tensor:
         """Visible patches of the first view [B, K, D] and all of the second [B, N, D] → [B, N, p·p·C]."""

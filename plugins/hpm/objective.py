@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
+from maskwright.backbones import encode_visible
 from maskwright.errors import BadParameter, UnequalMaskCounts
 from maskwright.toolkit.decoders import DecoderInput, initialize_linear, transformer
 from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
@@ -64,6 +65,7 @@ class HardPatchesMining:
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset({"patch_loss"})
     backbone: ClassVar[str] = "patch"
+    counts: ClassVar[str] = "exact"
     default_strategy: ClassVar[str] = "hard-patches"
     example_parameters: ClassVar[dict[str, int]] = {
         "decoder_width": 16,
@@ -113,14 +115,12 @@ class Network(nn.Module):
         """[B, C, H, W] → [B, P+N, width]: what both decoders see, in raster order."""
         tokens = self.backbone.patches(pixels) + self.backbone.positions
         try:
-            visible = mask.gather_visible(tokens)
+            encoded = encode_visible(self.backbone, tokens, mask)
         except UnequalMaskCounts as error:
             raise UnequalMaskCounts(
                 f"hpm drops hidden patches, so each image must keep the same number of them. {error}"
             ) from None
-        prefix = self.backbone.prefix(len(tokens))
-        encoded = self.backbone.encode(torch.cat([prefix, visible], dim=1))
-        return self.decoder_input(encoded, mask, prefix.shape[1])
+        return self.decoder_input(encoded, mask, encoded.shape[1] - mask.visible_indices().shape[1])
 
     def pixels(self, decoder_input: Tensor) -> Tensor:
         """[B, P+N, width] → [B, N, p·p·C]."""
@@ -139,7 +139,7 @@ class BoundHardPatchesMining(BoundObjective):
     """`network` is what is trained, `teacher` follows it.
 
     Outputs: `patch_error` [B, N], the mean squared error of every patch (the loss is that of the hidden ones); `patch_loss`
-    [B, N], what the student predicts of it; `prediction` [B, N, p·p·C]; `reconstruction` [B, C, H, W].
+    [B, N], what the student predicts of it; `prediction` [B, N, p·p·C]; in evaluation mode `reconstruction` [B, C, H, W].
     """
 
     def __init__(self, settings: HardPatchesMining, backbone: nn.Module) -> None:
@@ -190,21 +190,23 @@ class BoundHardPatchesMining(BoundObjective):
         reconstruction = hidden.sum() / max(1, hidden.numel())
         learn = relative_loss if self.settings.relative else absolute_loss
         ranking = learn(mask.gather_hidden(forecast), hidden)
+        outputs = {
+            "prediction": prediction,
+            "patch_error": error.detach(),
+            "patch_loss": forecast.detach(),
+        }
+        if not self.training:
+            outputs["reconstruction"] = fill_hidden(
+                pixels,
+                prediction,
+                (~mask).keep,
+                tuple(self.backbone.grid),
+                normalized=self.settings.norm_pix,
+            )
         return Loss(
             total=reconstruction + ranking,
             parts={"pixels": reconstruction, "loss_prediction": ranking},
-            outputs={
-                "prediction": prediction,
-                "reconstruction": fill_hidden(
-                    pixels,
-                    prediction,
-                    (~mask).keep,
-                    tuple(self.backbone.grid),
-                    normalized=self.settings.norm_pix,
-                ),
-                "patch_error": error.detach(),
-                "patch_loss": forecast.detach(),
-            },
+            outputs=outputs,
         )
 
     def after_step(self, progress: float) -> None:

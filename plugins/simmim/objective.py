@@ -40,7 +40,8 @@ def hidden_l1(prediction: Tensor, target: Tensor, hidden: Tensor, count: Tensor 
 class SimMim:
     """Raw pixels of hidden patches in L1, from a linear head on an encoder that sees a token where patches are hidden.
 
-    Xie et al., arXiv:2111.09886. The encoder runs on every position, so that any mask will do, with unequal counts too.
+    Xie et al., arXiv:2111.09886. The encoder runs on every position, so that any mask will do, with unequal counts too, and any
+    encoder of patches, Swin too.
     """
 
     kind: ClassVar[str] = "objective"
@@ -48,11 +49,11 @@ class SimMim:
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
     provides: ClassVar[frozenset[str]] = frozenset()
-    backbone: ClassVar[str] = "patch"
+    backbone: ClassVar[str] = "grid"
     default_strategy: ClassVar[str] = "simmim-blocks"
 
     def bind(self, backbone: nn.Module) -> BoundSimMim:
-        """A mask token and a head on a PatchBackbone (or a model that has an adapter)."""
+        """A mask token and a head on a GridBackbone (or a model that has an adapter)."""
         return BoundSimMim(adapt(backbone, self.backbone))
 
 
@@ -60,8 +61,9 @@ class BoundSimMim(BoundObjective):
     """`encode`, `head` and `hidden_l1`, one after the other.
 
     Outputs: `features`, the encoder's outputs at visible positions, [B, K, D], or [ΣK, D] where images keep unequal
-    numbers; `prediction` [B, N, p·p·C], every patch's predicted pixels in the order of `toolkit.images.patchify`;
-    `reconstruction` [B, C, H, W], the visible patches as they are and the predicted ones.
+    numbers (where one stands for several patches, at those with a visible one); `prediction` [B, N, p·p·C], every patch's
+    predicted pixels in the order of `toolkit.images.patchify`; in evaluation mode `reconstruction` [B, C, H, W], the visible
+    patches as they are and the predicted ones.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -70,11 +72,14 @@ class BoundSimMim(BoundObjective):
         # A plain vector: optimisers that spare vectors from weight decay spare it, as the official one does.
         self.mask_token = nn.Parameter(torch.empty(backbone.width))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        pixels = backbone.patch_size**2 * backbone.channels
-        self.head = nn.Sequential(nn.Conv2d(backbone.width, pixels, 1), nn.PixelShuffle(backbone.patch_size))
+        # A hierarchical encoder gives one feature for several patches: the paper's Swin one for 32 × 32 pixels.
+        stride = getattr(backbone, "feature_stride", backbone.patch_size)
+        width = getattr(backbone, "feature_width", backbone.width)
+        self.merged = stride // backbone.patch_size
+        self.head = nn.Sequential(nn.Conv2d(width, stride**2 * backbone.channels, 1), nn.PixelShuffle(stride))
 
     def encode(self, pixels: Tensor, hidden: Tensor) -> Tensor:
-        """[B, C, H, W], bool [B, N] → [B, N, D]: the encoder on every position, hidden ones replaced."""
+        """[B, C, H, W], bool [B, N] → [B, N', D']: the encoder on every position, hidden ones replaced."""
         tokens = self.backbone.patches(pixels)
         if hidden.shape != tokens.shape[:2]:
             raise MaskShapeError(
@@ -85,6 +90,12 @@ class BoundSimMim(BoundObjective):
         tokens = replace_hidden(tokens, self.mask_token, hidden) + self.backbone.positions
         prefix = self.backbone.prefix(len(tokens))
         return self.backbone.encode(torch.cat([prefix, tokens], dim=1))[:, prefix.shape[1] :]
+
+    def seen(self, grid: Mask) -> Tensor:
+        """bool [B, rows, columns] of the features: where one of their patches is visible."""
+        if self.merged == 1:
+            return grid.keep
+        return nn.functional.max_pool2d(grid.keep[:, None].float(), self.merged)[:, 0] > 0
 
     def forward(
         self,
@@ -98,14 +109,16 @@ class BoundSimMim(BoundObjective):
         """Mean absolute error of hidden pixels. Any mask [B, *grid]; one denominator for the global batch."""
         pixels, keep = batch["pixels"], mask.flatten().keep
         encoded = self.encode(pixels, ~keep)
-        predicted = self.head(encoded.transpose(1, 2).unflatten(2, tuple(self.backbone.grid)))
+        places = tuple(side // self.merged for side in self.backbone.grid)
+        predicted = self.head(encoded.transpose(1, 2).unflatten(2, places))
         grid = Mask(keep.unflatten(1, tuple(self.backbone.grid)))
         hidden = ~grid.upsample(tuple(pixels.shape[-2:])).keep[:, None]
         count = mean_over_processes(hidden.sum()) if self.training else hidden.sum()
         loss = hidden_l1(predicted, pixels, hidden, count)
         outputs = {
             "prediction": patchify(predicted, self.backbone.patch_size),
-            "features": at_visible(encoded, keep),
-            "reconstruction": torch.where(hidden, predicted, pixels).detach(),
+            "features": at_visible(encoded, self.seen(grid).flatten(1)),
         }
+        if not self.training:
+            outputs["reconstruction"] = torch.where(hidden, predicted, pixels).detach()
         return Loss(total=loss, parts={"pixels": loss}, outputs=outputs)

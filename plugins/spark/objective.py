@@ -66,8 +66,8 @@ class BoundSpark(BoundObjective):
     """`encode`, `densify`, `decoder` and `hidden_l2`, one after the other.
 
     Outputs: `features`, the coarsest map at visible positions, [B, K, C], or [ΣK, C] where images keep unequal numbers;
-    `prediction` [B, N, p·p·C], every block's predicted normalised pixels in the order of `toolkit.images.patchify`;
-    `reconstruction` [B, C, H, W], the visible blocks as they are and the predicted ones, brought back to pixels with the true
+    `prediction` [B, N, p·p·C], every block's predicted normalised pixels in the order of `toolkit.images.patchify`; in evaluation
+    mode `reconstruction` [B, C, H, W], the visible blocks as they are and the predicted ones, brought back to pixels with the true
     block's own mean and deviation.
     """
 
@@ -160,8 +160,11 @@ class BoundSpark(BoundObjective):
         outputs = {
             "prediction": prediction,
             "features": at_visible(maps[-1].flatten(2).transpose(1, 2), mask.flatten().keep),
-            "reconstruction": fill_hidden(pixels, prediction, hidden, tuple(mask.shape[1:]), normalized=True),
         }
+        if not self.training:
+            outputs["reconstruction"] = fill_hidden(
+                pixels, prediction, hidden, tuple(mask.shape[1:]), normalized=True
+            )
         return Loss(total=loss, parts={"pixels": loss}, outputs=outputs)
 
     def _whole(self, mask: Mask, pixels: Tensor) -> Mask:

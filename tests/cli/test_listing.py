@@ -143,6 +143,9 @@ def test_the_json_schema_is_what_it_says(site: Site):
         "needs": [],
         "provides": [],
         "budgets": [],
+        "counts": "",
+        "exact_with": {},
+        "disjoint_rows": 1,
         "backbone": "",
         "domain": "",
         "parameters": [
@@ -340,6 +343,50 @@ def test_a_signal_that_nobody_provides_is_said(tmp_path):
     output = run("info", "listener", "--registry", path).stdout
     assert "echo: provided by no objective registered here" in output
     assert "maskwright show listener" in output
+
+
+PAIRS = """
+[plugins.two]
+module = "./two.py"
+[[plugins.two.components]]
+kind = "mask-strategy"
+name = "uneven"
+modalities = ["sound"]
+counts = "bounded"
+exact_with = { exact = "True" }
+[[plugins.two.components]]
+kind = "mask-strategy"
+name = "never-even"
+modalities = ["sound"]
+counts = "bounded"
+[[plugins.two.components]]
+kind = "objective"
+name = "strict"
+modalities = ["sound"]
+counts = "exact"
+[[plugins.two.components]]
+kind = "objective"
+name = "tolerant"
+modalities = ["sound"]
+"""
+
+
+def test_info_suggests_only_pairs_that_a_run_takes(tmp_path):
+    """Unequal counts go with objectives that take them; with the parameter that makes them equal, with all."""
+    path = registry_file(tmp_path, PAIRS)
+
+    def said(name):
+        document = json.loads(run("info", name, "--json", "--registry", path).stdout)
+        return document["partners"], document["partners_with"]
+
+    assert said("uneven") == (["tolerant"], {"exact=True": ["strict"]})
+    assert said("never-even") == (["tolerant"], {})
+    assert said("strict") == ([], {"exact=True": ["uneven"]})
+    assert said("tolerant") == (["never-even", "uneven"], {})
+    page = run("info", "uneven", "--registry", path).stdout
+    assert "works with       tolerant" in page
+    assert "with exact=True  strict" in page
+    assert "--strategy uneven --objective tolerant" in page
 
 
 def test_bibtex(duo):

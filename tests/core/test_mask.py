@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import maskwright
-from maskwright import Layout, Mask, load_masks, save_masks
+from maskwright import Layout, Mask, StagedMask, load_masks, save_masks
 from maskwright.errors import BadData, MaskShapeError, UnequalMaskCounts
 from maskwright.mask import write_whole
 
@@ -113,6 +113,38 @@ def test_upsample_repeats_every_cell(batch, sides, seed):
 def test_upsample_refuses_sides_that_are_no_multiples(size):
     with pytest.raises(MaskShapeError, match="multiples"):
         Mask(torch.ones(1, 4, 4, dtype=torch.bool)).upsample(size)
+
+
+def test_a_staged_mask_hides_more_at_each_stage_and_shows_what_survives_them_all():
+    mask = StagedMask(torch.tensor([[[3, 0], [1, 2]], [[0, 3], [2, 1]]]), stages=3)
+    assert isinstance(mask, Mask)
+    assert mask.shape == (2, 2, 2)
+    assert [mask.stage(stage).keep[0].tolist() for stage in range(3)] == [
+        [[True, False], [True, True]],
+        [[True, False], [False, True]],
+        [[True, False], [False, False]],
+    ]
+    assert torch.equal(mask.keep, mask.stage(2).keep)
+    assert mask.visible_indices().tolist() == [[0], [1]]
+
+
+def test_a_staged_mask_keeps_its_stages_when_it_is_cut_moved_and_flattened():
+    mask = StagedMask(torch.tensor([[[3, 0], [1, 2]], [[0, 3], [2, 1]]]), stages=3)
+    for same in (mask.flatten(), mask.rows(slice(1, 2)).flatten(), mask.to("cpu").flatten()):
+        assert (type(same), same.stages) == (StagedMask, 3)
+    assert mask.rows(slice(1, 2)).flatten().survived.tolist() == [[0, 3, 2, 1]]
+    assert type(~mask) is Mask
+    assert type(mask & mask) is Mask
+
+
+@pytest.mark.parametrize(
+    ("survived", "stages"), [(torch.zeros(1, 2), 1), (torch.zeros(1, 2, dtype=torch.bool), 1)]
+)
+def test_stages_are_counted_in_whole_numbers(survived, stages):
+    with pytest.raises(MaskShapeError, match="whole numbers"):
+        StagedMask(survived, stages)
+    with pytest.raises(MaskShapeError, match="at least 1 stage"):
+        StagedMask(torch.ones(1, 2, dtype=torch.int64), 0)
 
 
 @given(st.integers(1, 4), st.integers(1, 12), st.data())

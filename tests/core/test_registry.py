@@ -18,9 +18,11 @@ from maskwright import registry as module
 from maskwright import setting
 from maskwright.errors import (
     BadParameter,
+    CountsMismatch,
     MissingColumn,
     MissingSignal,
     NameConflict,
+    OverlappingMasks,
     PluginLoadError,
     RegistryFileError,
     UnknownComponent,
@@ -201,6 +203,44 @@ def test_a_class_that_is_no_attrs_class_has_no_parameters(tmp_path):
         registry.create("mask-strategy", "plain", ratio=0.5)
 
 
+@attrs.frozen
+class Around:
+    kind, name = "mask-strategy", "around"
+    inner: object = module.component("mask-strategy", "random", "what is wrapped")
+
+
+def test_a_component_inside_is_given_by_name_by_table_or_made():
+    random = maskwright.create("mask-strategy", "random", ratio=0.25)
+    assert Around().inner == maskwright.create("mask-strategy", "random")
+    assert Around("block").inner == maskwright.create("mask-strategy", "block")
+    assert Around({"name": "random", "ratio": 0.25}).inner == random
+    assert Around(random).inner is random
+    described = describe_component(Around, PluginInfo("a", "a")).parameters
+    assert [(one.name, one.default, one.range) for one in described] == [
+        ("inner", "'random'", "name of a mask-strategy, or a table with a name")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (7, "7 is no mask-strategy: give its name"),
+        ({"ratio": 0.5}, "is no mask-strategy"),
+        (maskwright.create("objective", "simmim"), "is no mask-strategy"),
+        (type(maskwright.create("mask-strategy", "random")), "is no mask-strategy"),
+        ({"name": "random", "ratios": 0.5}, "Did you mean 'ratio'"),
+    ],
+)
+def test_what_is_no_component_inside_is_refused(given, said):
+    with pytest.raises(BadParameter, match=said):
+        Around(given)
+
+
+def test_an_unknown_component_inside_is_told_the_nearest():
+    with pytest.raises(UnknownComponent, match="'random'"):
+        Around("randon")
+
+
 def test_creating_loads_one_plugin_and_registers_it_with_pluggy(site: Site):
     site.good("quiet-one")
     site.good("never-asked", top="raise RuntimeError('imported')")
@@ -328,6 +368,7 @@ COMPONENT = '[plugins.a]\nmodule = "x"\n[[plugins.a.components]]\nkind = "pruner
         ),
         (COMPONENT + 'parameters = [{ name = "a", default = 1 }]\n', "default must be a text, not 1"),
         (COMPONENT + 'parameters = [{ help = "a" }]\n', "each needs a `name`"),
+        (COMPONENT + "disjoint_rows = 0\n", "disjoint_rows 0 must be a whole number of at least 1"),
         (COMPONENT + 'exempt = "all"\n', "exempt must be a table, not 'all'"),
         (COMPONENT + "exempt = { monotone = 3 }\n", "monotone must be a text, not 3"),
         (COMPONENT + '[[plugins.a.components]]\nkind = "pruner"\nname = "thin"\n', "'thin' is listed twice"),
@@ -913,3 +954,131 @@ def test_a_missing_signal_names_who_provides_it(tmp_path):
         check_fit(*strategy_and_objective(["loss"]), catalogue=registry)
     with pytest.raises(MissingSignal, match="no registered objective provides it"):
         check_fit(*strategy_and_objective(["sound"]), catalogue=registry)
+
+
+def pair_of_counts(strategy=None, objective=None, **parameters):
+    one, other = strategy_and_objective()
+    for component, counts in ((one, strategy), (other, objective)):
+        if counts:
+            component.counts = counts
+    one.exact_with = {"exact": True, "seed": 3}
+    vars(one).update({"exact": False, "seed": 0, **parameters})
+    return one, other
+
+
+@pytest.mark.parametrize(
+    ("strategy", "objective"), [(None, "exact"), ("exact", "exact"), ("bounded", None), ("bounded", "any")]
+)
+def test_counts_fit_unless_they_differ_and_must_not(strategy, objective):
+    check_fit(*pair_of_counts(strategy, objective))
+
+
+def test_unequal_counts_name_the_parameters_that_make_them_equal():
+    said = r"'chooser' does not keep the same .* 'learner' needs; give 'chooser' exact=True, seed=3\.$"
+    with pytest.raises(CountsMismatch, match=said) as caught:
+        check_fit(*pair_of_counts("bounded", "exact", seed=3))
+    assert caught.value.exit_code == 2
+    check_fit(*pair_of_counts("bounded", "exact", seed=3, exact=True))
+
+
+def test_unequal_counts_without_such_parameters_name_strategies_that_fit(tmp_path):
+    strategy, objective = pair_of_counts("bounded", "exact")
+    del strategy.exact_with
+    objective.modalities = frozenset({"image"})
+    table = '[[plugins.one.components]]\nkind = "mask-strategy"\nname = "{}"\nmodalities = ["{}"]\n{}\n'
+    others = [
+        ("even", "image", ""),
+        ("uneven", "image", 'counts = "bounded"'),
+        ("deaf", "image", 'needs = ["loss"]'),
+        ("spoken", "text", ""),
+    ]
+    text = '[plugins.one]\nmodule = "./one.py"\n' + "".join(table.format(*other) for other in others)
+    registry = of_file(user_file(tmp_path, text))
+    with pytest.raises(CountsMismatch, match=r"needs; use one that does: 'even'\.$"):
+        check_fit(strategy, objective, catalogue=registry)
+    nothing = Registry(third_party=False, built_in=False)
+    with pytest.raises(CountsMismatch, match="no registered strategy does"):
+        check_fit(strategy, objective, catalogue=nothing)
+
+
+def test_counts_may_depend_on_what_a_component_holds():
+    """Described with its default parameters, or as what fits fewest; read from the instance when a run is configured."""
+
+    @attrs.frozen
+    class Wrapper:
+        kind, name = "objective", "wrapper"
+        modalities, needs, provides = frozenset({"image"}), frozenset({"pixels"}), frozenset()
+        inner: str
+
+        @property
+        def counts(self):
+            return self.inner
+
+        def bind(self, backbone):
+            return backbone
+
+    strategy, _ = pair_of_counts("bounded")
+
+    @attrs.frozen
+    class WithDefault(Wrapper):
+        inner: str = "any"
+
+    assert describe_component(Wrapper, PluginInfo("", "")).counts == "exact"
+    assert describe_component(WithDefault, PluginInfo("", "")).counts == ""
+    check_fit(strategy, Wrapper("any"))
+    with pytest.raises(CountsMismatch):
+        check_fit(strategy, Wrapper("exact"))
+
+
+def test_a_word_that_counts_cannot_be_is_refused(tmp_path):
+    path = user_file(tmp_path, COMPONENT.replace("pruner", "mask-strategy") + 'counts = "any"\n')
+    with pytest.raises(RegistryFileError, match="counts 'any' must be exact, bounded"):
+        of_file(path).names()
+
+    class Odd:
+        kind, name, counts = "mask-strategy", "odd", "equal"
+
+        def draw(self):
+            pass
+
+    with pytest.raises(BadParameter, match="may be 'exact' or 'bounded', not 'equal'"):
+        Registry(third_party=False, built_in=False).register(Odd)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "disjoint", "advice"),
+    [(4, 1, "draws each by itself; use 'apart'"), (4, 2, "keeps only 2 disjoint; give both the same number")],
+)
+def test_an_objective_that_mixes_rows_refuses_masks_that_may_overlap(mixed, disjoint, advice):
+    strategy, objective = strategy_and_objective()
+    strategy.disjoint_rows, objective.disjoint_rows, objective.default_strategy = disjoint, mixed, "apart"
+    with pytest.raises(OverlappingMasks, match=f"'learner' mixes {mixed} consecutive rows.*{advice}"):
+        check_fit(strategy, objective)
+
+
+@pytest.mark.parametrize(("mixed", "disjoint"), [(4, 4), (2, 4), (1, 4), (1, 1)])
+def test_rows_that_are_disjoint_are_so_in_smaller_numbers_too(mixed, disjoint):
+    strategy, objective = strategy_and_objective()
+    strategy.disjoint_rows, objective.disjoint_rows = disjoint, mixed
+    check_fit(strategy, objective)
+
+
+@attrs.frozen
+class Mixes:
+    kind, name, modalities = "objective", "mixes", frozenset({"image"})
+    images: int = 3
+
+    @property
+    def disjoint_rows(self):
+        return self.images
+
+
+@attrs.frozen
+class MixesAnyNumber(Mixes):
+    images: int = attrs.field()
+
+
+@pytest.mark.parametrize(("component", "rows"), [(Mixes, 3), (MixesAnyNumber, 1)])
+def test_the_catalogue_says_how_many_rows_are_mixed_by_default(component, rows):
+    plugin = PluginInfo(slug="m", module="m")
+    assert describe_component(component, plugin).disjoint_rows == rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from maskwright import setting
+from maskwright import component, setting
 from maskwright.errors import (
     BadBudget,
     BadParameter,
@@ -137,6 +137,57 @@ def test_a_component_inside_a_component_is_a_table_with_a_name():
     other = {**given, "strategy.inner": {"kind": "objective", "name": "mae", "norm_pix": False}}
     section = resolve("pretrain", None, other, registry=own).require("strategy")
     assert section.create(own).inner == own.create("objective", "mae", norm_pix=False)
+
+
+@attrs.frozen
+class Around:
+    """Wraps an objective, which may be given by its name."""
+
+    kind, name, backbone = "objective", "around", "patch"
+    modalities, needs, provides = frozenset({"image"}), frozenset({"pixels"}), frozenset()
+    inner: object = component("objective", "simmim", "what is wrapped")
+
+    def bind(self, backbone): ...
+
+
+@pytest.mark.parametrize("inner", ["mae", {"name": "mae"}, {"name": "mae", "decoder_depth": 1}])
+def test_an_objective_inside_an_objective_gets_its_own_defaults(inner):
+    own = Registry(third_party=False)
+    own.register(Around)
+    given = {"objective": {"name": "around", "inner": inner}}
+    settings = resolve("pretrain", None, given, registry=own)
+    made = settings.require("objective").create(own).inner
+    assert (made.name, made.decoder_width) == ("mae", 64)
+    assert made.decoder_depth == (1 if "decoder_depth" in inner else 2)
+    assert settings.require("strategy").name == "random"
+    check(settings, own)
+    again = resolve("pretrain", None, tomllib.loads(settings.toml()), registry=own)
+    assert again == settings
+
+
+def test_an_objective_brings_the_strategy_of_the_one_inside_it():
+    own = Registry(third_party=False)
+    own.register(Around)
+    settings = resolve("pretrain", None, {"objective.name": "around"}, registry=own)
+    assert settings.require("strategy").name == "simmim-blocks"
+    assert settings.require("objective").create(own).inner == own.create("objective", "simmim")
+    own.register(type("Opinionated", (Around,), {"name": "opinionated", "default_strategy": "block"}))
+    settings = resolve("pretrain", None, {"objective.name": "opinionated"}, registry=own)
+    assert settings.require("strategy").name == "block"
+
+
+def test_a_name_inside_is_looked_up_where_the_run_looks():
+    own = Registry(third_party=False)
+    own.register(Around)
+    own.register(type("Private", (own.component_class("objective", "simmim"),), {"name": "private"}))
+    settings = resolve(
+        "pretrain", None, {"objective.name": "around", "objective.inner": "private"}, registry=own
+    )
+    assert settings.require("objective").create(own).inner.name == "private"
+    unknown = resolve("pretrain", None, {"objective.name": "around"}, registry=own)
+    unknown = attrs.evolve(unknown, objective=attrs.evolve(unknown.objective, params={"inner": "simmin"}))
+    with pytest.raises(UnknownComponent, match="'simmim'"):
+        check(unknown, own)
 
 
 def test_one_parameter_of_an_inner_component_can_be_overridden(tmp_path):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import maskwright
 from maskwright import Layout, Mask, MaskedTraining
 from maskwright.backbones.defaults import vision_transformer
-from maskwright.errors import BackboneMismatch, BadParameter, MissingSignal, UnequalMaskCounts
+from maskwright.errors import BackboneMismatch, BadParameter, CountsMismatch, MissingSignal, UnequalMaskCounts
 from maskwright.plugins.baselines.objective import MaskedAutoencoder, hidden_error
 from maskwright.registry import check_fit
 from maskwright.testing import conformance
@@ -292,6 +292,17 @@ def test_it_trains_under_masks_of_other_papers(strategy):
     loss.backward()
     assert loss.isfinite()
     assert all(one.grad is not None for one in vit.layernorm.parameters())
+
+
+def test_a_strategy_of_unequal_counts_is_refused_before_the_first_step():
+    with pytest.raises(CountsMismatch, match=r"'block' .* 'mae' needs; give 'block' exact=True"):
+        MaskedTraining(
+            vision_transformer(width=16, depth=1, heads=2),
+            maskwright.create("mask-strategy", "block"),
+            MaskedAutoencoder(**SMALL),
+        )
+    with pytest.raises(CountsMismatch, match=r"'uniform-count' .* use one that does: .*'random'"):
+        check_fit(maskwright.create("mask-strategy", "uniform-count"), MaskedAutoencoder(**SMALL))
 
 
 def test_it_learns_what_a_neighbour_tells():

@@ -454,7 +454,7 @@ def test_hidden_pixels_reach_neither_decoder():
 
 def test_the_reconstruction_shows_visible_patches_as_they_are():
     for norm_pix in (False, True):
-        objective, batch, mask = bound(norm_pix=norm_pix), batch_of(), random_mask()
+        objective, batch, mask = bound(norm_pix=norm_pix).eval(), batch_of(), random_mask()
         shown = objective(batch, mask).outputs["reconstruction"]
         visible = mask.upsample((16, 16)).keep[:, None].expand_as(shown)
         assert torch.equal(shown[visible], batch["pixels"][visible])

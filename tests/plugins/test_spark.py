@@ -719,7 +719,9 @@ def test_masked_training_takes_transformers_networks(name):
     model = maskwright.MaskedTraining(network(name), SparkBlocks(), Spark(decoder_width=16))
     out = model(pixels=images(model.bound))
     out["loss"].backward()
-    assert out["outputs"]["reconstruction"].shape == (3, 3, *images(model.bound).shape[2:])
+    assert "reconstruction" not in out["outputs"], "drawn when somebody looks"
+    shown = model.eval()(pixels=images(model.bound))["outputs"]["reconstruction"]
+    assert shown.shape == (3, 3, *images(model.bound).shape[2:])
 
 
 def test_the_job_leaves_pictures_probes_and_an_ordinary_resnet(tmp_path):

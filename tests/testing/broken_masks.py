@@ -46,6 +46,24 @@ class Causal:
         return AttentionMask.causal(layout.positions, device=layout.device)
 
 
+@attrs.frozen
+class Apart:
+    """Two consecutive rows keep one half of the positions each."""
+
+    kind: ClassVar[str] = "mask-strategy"
+    name: ClassVar[str] = "apart"
+    modalities: ClassVar[frozenset[str]] = frozenset({"image"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    disjoint_rows: ClassVar[int] = 2
+
+    def draw(self, layout, *, signals, progress, generator):
+        pairs = noise(Layout((layout.batch + 1) // 2, layout.grid), generator)
+        scores = pairs[:, None] * torch.tensor([1.0, -1.0])[:, None]
+        keep = keep_largest(scores.flatten(0, 1)[: layout.batch], layout.positions // 2)
+        return Mask(keep.view(layout.shape))
+
+
 class Tensors(Right):
     def draw(self, layout, **others):
         return super().draw(layout, **others).keep
@@ -78,6 +96,29 @@ class Thresholds(Right):
         keep = self.scores(layout, signals, generator) > self.ratio - 1
         keep[:, 0] = True
         return Mask(keep.view(layout.shape))
+
+
+@attrs.frozen
+class Bounded(Thresholds):
+    """As `Thresholds`, and says so; with `even` every row keeps the same number."""
+
+    counts: ClassVar[str] = "bounded"
+    exact_with: ClassVar[dict[str, bool]] = {"even": True}
+
+    even: bool = False
+
+    def draw(self, layout, **others):
+        return Right.draw(self, layout, **others) if self.even else super().draw(layout, **others)
+
+
+@attrs.frozen
+class NotEven(Bounded):
+    def draw(self, layout, **others):
+        return Thresholds.draw(self, layout, **others)
+
+
+class Modest(Right):
+    counts: ClassVar[str] = "bounded"
 
 
 class HidesAll(Right):
@@ -133,6 +174,12 @@ class OneRowForAll(Right):
         return noise(Layout(1, layout.grid), generator).expand(layout.batch, -1).contiguous()
 
 
+class Meets(Right):
+    """It says that three rows keep no position twice, and draws each by itself."""
+
+    disjoint_rows = 3
+
+
 class ForgetsWhatWasHidden(Right):
     """Another order above one half."""
 
@@ -169,7 +216,7 @@ class Changeable(Right):
         object.__setattr__(self, name, value)
 
 
-RIGHT = (Right, Causal)
+RIGHT = (Right, Causal, Bounded, Apart)
 BROKEN = [
     ("draws-a-boolean-mask", Tensors),
     ("draws-a-boolean-mask", Raises),
@@ -177,6 +224,8 @@ BROKEN = [
     ("shape-is-the-layouts", OneQueryMore),
     ("device-is-the-layouts", Elsewhere),
     ("counts-are-equal", Thresholds),
+    ("counts-are-equal", NotEven),
+    ("bounded-counts-differ", Modest),
     ("no-row-is-all-hidden", HidesAll),
     ("no-row-is-all-hidden", KeepsTooMany),
     ("no-row-is-all-hidden", Blind),
@@ -185,6 +234,7 @@ BROKEN = [
     ("signals-are-left-alone", WritesSignals),
     ("rows-are-independent", LooksAtTheBatch),
     ("rows-are-independent", OneRowForAll),
+    ("consecutive-rows-are-disjoint", Meets),
     ("monotone", ForgetsWhatWasHidden),
     ("monotone", ForgetsAsItGoes),
     ("every-signal-is-used", NeedsMoreThanItUses),

@@ -307,6 +307,12 @@ class AssumesEqualCounts(BoundRight):
         return super().forward(batch, mask, **others)
 
 
+class Gathers(BoundRight):
+    def forward(self, batch, mask, **others):
+        mask.visible_indices()
+        return super().forward(batch, mask, **others)
+
+
 class Detaches(BoundRight):
     def features(self, backbone, pixels, hidden):
         if hidden is None:
@@ -436,7 +442,9 @@ class Changeable(Right):
         object.__setattr__(self, name, value)
 
 
-RIGHT = (Right, NextToken, MaskedTokens, Denoising, Convolutional, Graph)
+Equal = objective("Equal", Gathers, counts="exact")
+
+RIGHT = (Right, Equal, NextToken, MaskedTokens, Denoising, Convolutional, Graph)
 BROKEN = [
     ("binds-to-its-kind-of-backbone", RefusesAll),
     ("binds-to-its-kind-of-backbone", HoldsNoBackbone),
@@ -448,6 +456,8 @@ BROKEN = [
     ("extreme-masks-are-survived", objective("Divides", DividesByTheHidden)),
     ("extreme-masks-are-survived", objective("Roots", RootOfNothing)),
     ("unequal-counts-are-taken-or-refused", objective("Assumes", AssumesEqualCounts)),
+    ("unequal-counts-are-taken-or-refused", objective("Unsaid", Gathers)),
+    ("unequal-counts-are-taken-or-refused", objective("Said", BoundRight, counts="exact")),
     ("gradients-reach-the-backbone", objective("Frozen", Detaches)),
     ("own-parameters-are-trained", objective("Unused", Idle)),
     ("teacher-receives-no-gradient", objective("Trains", TrainsItsTeacher)),

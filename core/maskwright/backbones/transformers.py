@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskwright.backbones import PatchBackbone, TokenBackbone, adapter
+from maskwright.backbones import GridBackbone, PatchBackbone, TokenBackbone, adapter
 from maskwright.errors import BackboneMismatch
 from maskwright.mask import AttentionMask, Mask
-from maskwright.toolkit.attention import Slabs
+from maskwright.toolkit.attention import ScoreRule, Slabs
 
 
-class TransformersViT(nn.Module):
-    """A `ViTModel` or `DeiTModel` of transformers as a PatchBackbone. `model` is the wrapped model, for saving."""
+class TransformersPatches(nn.Module):
+    """What the adapters of vision transformers share. `model` is the wrapped model, for saving."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, width: int) -> None:
         super().__init__()
         self.model = model
         config = self.model.config
@@ -29,36 +29,39 @@ class TransformersViT(nn.Module):
             )
         self.patch_size = patch[0]
         self.image_size = image
-        self.width = config.hidden_size
+        self.width = width
         self.channels = config.num_channels
 
-    @property
-    def _prefix_length(self) -> int:
-        return self.model.embeddings.position_embeddings.shape[1] - self.grid[0] * self.grid[1]
-
-    @property
-    def positions(self) -> Tensor:
-        return self.model.embeddings.position_embeddings[:, self._prefix_length :]
-
-    def patches(self, pixels: Tensor) -> Tensor:
+    def check_pixels(self, pixels: Tensor) -> None:
         if tuple(pixels.shape[-2:]) != self.image_size or pixels.shape[1] != self.channels:
             raise BackboneMismatch(
                 f"The model takes images of {self.channels} × {self.image_size[0]} × {self.image_size[1]}, "
                 f"got {' × '.join(map(str, pixels.shape[1:]))}."
             )
+
+
+class TransformersBlocks(TransformersPatches):
+    """One block after the other on tokens of one width: what the adapters of ViT and BEiT share."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, width=model.config.hidden_size)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        self.check_pixels(pixels)
         return self.model.embeddings.patch_embeddings(pixels)
 
-    def prefix(self, batch_size: int) -> Tensor:
-        embeddings = self.model.embeddings
-        special = [embeddings.cls_token, getattr(embeddings, "distillation_token", None)]
-        tokens = torch.cat([token for token in special if token is not None], dim=1)
-        return (tokens + embeddings.position_embeddings[:, : self._prefix_length]).expand(batch_size, -1, -1)
-
-    def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any:
+    def _run(
+        self,
+        tokens: Tensor,
+        levels: Sequence[int],
+        between: Callable[[int, Tensor], Tensor] | None = None,
+        **told: Any,
+    ) -> Any:
+        """The blocks, each of which is told the rest, and the final norm; or the outputs of some of them."""
         hidden = self.model.embeddings.dropout(tokens)
         wanted: dict[int, Any] = {level % self.depth: None for level in levels}
         for index, layer in enumerate(self._layers):
-            hidden = layer(hidden)
+            hidden = layer(hidden if between is None else between(index, hidden), **told)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index in wanted:
                 wanted[index] = hidden
@@ -73,17 +76,180 @@ class TransformersViT(nn.Module):
         return self.model.layers if hasattr(self.model, "layers") else self.model.encoder.layer
 
 
+class TransformersViT(TransformersBlocks):
+    """A `ViTModel`, `DeiTModel` or `Dinov2Model` (with registers or without) of transformers as a PatchBackbone.
+
+    The prefix is the class token, then DeiT's distillation token, or DINOv2's registers, which have no positions. At the first
+    attention rule its attention implementation becomes "maskwright" (see `register_attention`).
+    """
+
+    @property
+    def _placed(self) -> int:
+        """Prefix tokens that have a position."""
+        return self.model.embeddings.position_embeddings.shape[1] - self.grid[0] * self.grid[1]
+
+    @property
+    def positions(self) -> Tensor:
+        return self.model.embeddings.position_embeddings[:, self._placed :]
+
+    def prefix(self, batch_size: int) -> Tensor:
+        embeddings = self.model.embeddings
+        special = [embeddings.cls_token, getattr(embeddings, "distillation_token", None)]
+        tokens = torch.cat([token for token in special if token is not None], dim=1)
+        tokens = tokens + embeddings.position_embeddings[:, : self._placed]
+        registers = getattr(embeddings, "register_tokens", None)
+        if registers is not None:
+            tokens = torch.cat([tokens, registers], dim=1)
+        return tokens.expand(batch_size, -1, -1)
+
+    def encode(
+        self,
+        tokens: Tensor,
+        levels: Sequence[int] = (),
+        between: Callable[[int, Tensor], Tensor] | None = None,
+        attention: AttentionMask | ScoreRule | None = None,
+    ) -> Any:
+        told = {} if attention is None else {"attention_mask": self._attention(attention)}
+        return self._run(tokens, levels, between, **told)
+
+    def _attention(self, attention: AttentionMask | ScoreRule) -> Slabs | ScoreRule:
+        if self.model.config._attn_implementation not in ENTRANCES:
+            register_attention()
+            self.model.set_attn_implementation(ATTENTION)
+        return Slabs(attention) if isinstance(attention, AttentionMask) else attention
+
+
+class TransformersBeit(TransformersBlocks):
+    """A `BeitModel` of transformers as a PatchBackbone.
+
+    Where its blocks have a bias for each pair of relative positions, `encode` must be told which patches it is given, and
+    the rows and columns of those are taken from the bias. It reaches the blocks through transformers' attention interface
+    ("maskwright", see `register_attention`), which a model gets when it is first given some of the patches.
+    With `use_mean_pooling` the model has no final norm of its own (its pooler has one), and so has `encode`.
+    """
+
+    @property
+    def relative_positions(self) -> bool:
+        """Whether a block, or the model for all of them, has a bias of relative positions."""
+        biases = [self.model.shared_position_bias, *(one.relative_position_bias for one in self._layers)]
+        return any(bias is not None for bias in biases)
+
+    @property
+    def positions(self) -> Tensor:
+        table, token = self.model.embeddings.position_embeddings, self.model.embeddings.cls_token
+        if table is None:
+            return token.new_zeros(1, self.grid[0] * self.grid[1], self.width)
+        return table[:, 1:]
+
+    def prefix(self, batch_size: int) -> Tensor:
+        table, token = self.model.embeddings.position_embeddings, self.model.embeddings.cls_token
+        return (token if table is None else token + table[:, :1]).expand(batch_size, -1, -1)
+
+    def encode(
+        self,
+        tokens: Tensor,
+        levels: Sequence[int] = (),
+        between: Callable[[int, Tensor], Tensor] | None = None,
+        places: Tensor | None = None,
+    ) -> Any:
+        told: dict[str, Any] = {"resolution": self.image_size}
+        if not self.relative_positions:
+            return self._run(tokens, levels, between, **told)
+        if between is not None:
+            raise BackboneMismatch(
+                f"{type(self.model).__name__} compares positions, so that no tokens can be dropped between its blocks; use a ViT, or a "
+                "BEiT without relative_position_bias."
+            )
+        if self.model.shared_position_bias is not None:
+            told["attention_mask"] = self.model.shared_position_bias(self.grid)
+        if places is not None:
+            if self.model.config._attn_implementation not in ENTRANCES:
+                register_attention()
+                self.model.set_attn_implementation(ATTENTION)
+            # Its places among all tokens of the model: the class token is the first.
+            told["places"] = torch.nn.functional.pad(places + 1, (1, 0))
+        elif tokens.shape[1] != 1 + self.grid[0] * self.grid[1]:
+            raise BackboneMismatch(
+                f"{type(self.model).__name__} compares positions, so it must be told which {tokens.shape[1] - 1} of the "
+                f"{self.grid[0] * self.grid[1]} patches it is given: encode(tokens, places=mask.visible_indices()), or "
+                "maskwright.backbones.encode_visible(backbone, tokens, mask)."
+            )
+        return self._run(tokens, levels, **told)
+
+
+class TransformersSwin(TransformersPatches):
+    """A `SwinModel` of transformers as a GridBackbone: its windows and merges want every patch.
+
+    Patches are those of the first stage, 4 pixels a side; the features are the last stage's, each of `feature_stride` pixels
+    and `feature_width` channels. There is no prefix. `levels` counts the blocks of all stages.
+    """
+
+    every_patch = True
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, width=model.config.embed_dim)
+        merges = 2 ** (len(model.config.depths) - 1)
+        self.depth = sum(model.config.depths)
+        self.feature_stride = self.patch_size * merges
+        self.feature_width = self.width * merges
+        if any(side % merges for side in self.grid):
+            raise BackboneMismatch(
+                f"This {type(model).__name__} merges {merges} × {merges} patches, which its grid of {self.grid} is no multiple "
+                f"of; its images must be multiples of {self.feature_stride} pixels."
+            )
+
+    @property
+    def positions(self) -> Tensor:
+        table = self.model.embeddings.position_embeddings
+        if table is not None:
+            return table
+        return self.model.layernorm.weight.new_zeros(1, self.grid[0] * self.grid[1], self.width)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        self.check_pixels(pixels)
+        embedded, _ = self.model.embeddings.patch_embeddings(pixels)
+        return self.model.embeddings.norm(embedded)
+
+    def prefix(self, batch_size: int) -> Tensor:
+        return self.model.layernorm.weight.new_zeros(batch_size, 0, self.width)
+
+    def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any:
+        hidden, grid = self.model.embeddings.dropout(tokens), self.grid
+        outputs = []
+        for stage in self.model.encoder.layers:
+            if not levels:
+                hidden = stage(hidden, grid)[0]
+            else:
+                for block in stage.blocks:
+                    hidden = block(hidden, grid)[0]
+                    outputs.append(hidden)
+                hidden = hidden if stage.downsample is None else stage.downsample(hidden, grid)
+            grid = grid if stage.downsample is None else (grid[0] // 2, grid[1] // 2)
+        return [outputs[level] for level in levels] if levels else self.model.layernorm(hidden)
+
+
 def _side(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-@adapter(PatchBackbone, "ViTModel", "DeiTModel")
+_PATCH_ADAPTERS: dict[str, Callable[[Any], nn.Module]] = {
+    "vit": TransformersViT,
+    "deit": TransformersViT,
+    "dinov2": TransformersViT,
+    "dinov2_with_registers": TransformersViT,
+    "beit": TransformersBeit,
+    "swin": TransformersSwin,
+}
+
+
+@adapter(GridBackbone, "SwinModel", "ViTModel", "DeiTModel", "BeitModel", "Dinov2Model")
+@adapter(PatchBackbone, "ViTModel", "DeiTModel", "BeitModel", "Dinov2Model")
 def _patch_backbone(module: Any) -> nn.Module | None:
-    for name in ("vit", "deit"):
+    for name in _PATCH_ADAPTERS:  # of a model with a head
         module = getattr(module, name, module)
+    wrap = _PATCH_ADAPTERS.get(getattr(getattr(module, "config", None), "model_type", ""))
     embeddings = getattr(module, "embeddings", None)
-    fits = getattr(getattr(module, "config", None), "model_type", "") in ("vit", "deit")
-    return TransformersViT(module) if fits and hasattr(embeddings, "patch_embeddings") else None
+    return wrap(module) if wrap is not None and hasattr(embeddings, "patch_embeddings") else None
 
 
 class TransformersLM(nn.Module):
@@ -135,22 +301,27 @@ class TransformersLM(nn.Module):
 
 
 ATTENTION = "maskwright"
-"""The attention implementation under which transformers' models take an `AttentionMask`."""
+"""The attention implementation under which transformers' models take an `AttentionMask`, and their layers a `ScoreRule`."""
+
+
+ENTRANCES = {ATTENTION}
+"""Attention implementations by which rules and places enter: this one, and others that hand on to `attention_forward`."""
 
 
 def register_attention() -> None:
     """Make `attn_implementation="maskwright"` known to transformers.
 
     A model that uses it takes an `AttentionMask` as `attention_mask`, and no L × L mask is made for it; given a tensor or
-    nothing, it does what it does with "sdpa". Nothing of a model's code is touched, and its config does not save the name.
+    nothing, it does what it does with "sdpa". `places` int64 [B, K] takes the rows and columns of these tokens from a tensor
+    [B or 1, H, N, N]. Nothing of a model's code is touched, and its config does not save the name.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _attention_mask)
+    AttentionInterface.register(ATTENTION, attention_forward)
+    AttentionMaskInterface.register(ATTENTION, mask_forward)
 
 
-def _attention_mask(*sizes: Any, attention_mask: Any = None, **arguments: Any) -> Any:
+def mask_forward(*sizes: Any, attention_mask: Any = None, **arguments: Any) -> Any:
     """Called once a forward by transformers' mask creation; what it returns goes to every layer."""
     if isinstance(attention_mask, AttentionMask):
         return Slabs(attention_mask)
@@ -159,7 +330,7 @@ def _attention_mask(*sizes: Any, attention_mask: Any = None, **arguments: Any) -
     return sdpa_mask(*sizes, attention_mask=attention_mask, **arguments)
 
 
-def _attention(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -167,10 +338,13 @@ def _attention(
     attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
+    places: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """[B, H, Q, D], [B, G, K, D], [B, G, K, E] → [B, Q, H, E]: called by every layer."""
-    if not isinstance(attention_mask, Slabs):
+    if places is not None and isinstance(attention_mask, Tensor):
+        attention_mask = _among(attention_mask, places)
+    if not isinstance(attention_mask, Slabs | ScoreRule):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -184,6 +358,13 @@ def _attention(
         )
     attended = attention_mask.attend(query, key, value, scale=scaling, dropout=dropout)
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _among(bias: Tensor, places: Tensor) -> Tensor:
+    """[B or 1, H, N, N], int64 [B, K] → [B, H, K, K]: the rows and columns of some tokens."""
+    rows = torch.arange(len(bias), device=places.device)[:, None, None]
+    chosen = bias.permute(0, 2, 3, 1)[rows, places[:, :, None], places[:, None, :]]
+    return chosen.permute(0, 3, 1, 2)
 
 
 @adapter(TokenBackbone, "any …ForCausalLM", "any …ForMaskedLM")

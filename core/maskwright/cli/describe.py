@@ -71,10 +71,12 @@ def plugin_table(plugin: PluginInfo, components: Iterable[ComponentInfo]) -> str
         for key in ("needs", "provides"):
             if words := getattr(info, key):
                 lines.append(f"{key} = {_texts(sorted(words))}")
-        for key in ("backbone", "domain"):
+        for key in ("counts", "backbone", "domain"):
             if getattr(info, key):
                 lines.append(f"{key} = {_text(getattr(info, key))}")
+        lines += [f"exact_with = {_inline(info.exact_with)}"] if info.exact_with else []
         lines += [f"budgets = {_texts(sorted(info.budgets))}"] if info.budgets else []
+        lines += [f"disjoint_rows = {info.disjoint_rows}"] if info.disjoint_rows != 1 else []
         lines += [f"exempt = {_inline(info.exempt)}"] if info.exempt else []
         if info.parameters:
             lines.append("parameters = [")

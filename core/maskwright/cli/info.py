@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,7 +56,7 @@ def _document(registry: Registry, one: ComponentInfo) -> dict[str, Any]:
     """The schema of `info --json`: a component as `list --json` has it, and
 
     `schema`; `title`, `paper`, `code`, `family`; `providers` (signal → objectives that provide it); `partners` (of a strategy
-    the objectives, of an objective the strategies); `claim` (claim.json, or null); `command`; `python`; `bibtex`. Several kinds
+    the objectives, of an objective the strategies); `partners_with` (parameters of the strategy → more of them); `claim` (claim.json, or null); `command`; `python`; `bibtex`. Several kinds
     of one name give a list of these.
     """
     from maskwright.registry import recorded_claim
@@ -68,6 +68,10 @@ def _document(registry: Registry, one: ComponentInfo) -> dict[str, Any]:
         **{key: getattr(plugin, key) for key in ("title", "paper", "code", "family")},
         "providers": providers(registry, one),
         "partners": [registry.address(other) for other in partners(registry, one)],
+        "partners_with": {
+            parameters: [registry.address(other) for other in others]
+            for parameters, others in partners_with(registry, one).items()
+        },
         "claim": recorded_claim(plugin),
         "command": ready_command(registry, one),
         "python": example(registry, one),
@@ -93,19 +97,37 @@ def providers(registry: Registry, one: ComponentInfo) -> dict[str, list[str]]:
 
 
 def partners(registry: Registry, one: ComponentInfo) -> list[ComponentInfo]:
-    """The objectives that a strategy works with, or the strategies that an objective works with: a modality in common, and
-    every signal that the strategy needs."""
+    """The objectives that a strategy works with, or the strategies that an objective works with: a modality in common,
+    every signal that the strategy needs, equal counts where the objective needs them, and rows disjoint where it mixes them."""
+    from maskwright.registry import counts_fit
+
+    return [other for strategy, objective, other in _pairs(registry, one) if counts_fit(strategy, objective)]
+
+
+def partners_with(registry: Registry, one: ComponentInfo) -> dict[str, list[ComponentInfo]]:
+    """More partners, by the strategy's parameters with which they are ones, such as "exact=True"."""
+    from maskwright.registry import counts_fit
+
+    found: dict[str, list[ComponentInfo]] = {}
+    for strategy, objective, other in _pairs(registry, one):
+        if not counts_fit(strategy, objective) and strategy.exact_with:
+            found.setdefault(strategy.exact_parameters, []).append(other)
+    return found
+
+
+def _pairs(
+    registry: Registry, one: ComponentInfo
+) -> Iterator[tuple[ComponentInfo, ComponentInfo, ComponentInfo]]:
+    """(strategy, objective, the one of them that is not `one`) with a modality in common and every signal that is needed."""
     other_kind = {"mask-strategy": "objective", "objective": "mask-strategy"}.get(one.kind)
-    if other_kind is None:
-        return []
-
-    def fits(other: ComponentInfo) -> bool:
+    for other in registry.find(kind=other_kind) if other_kind else ():
         strategy, objective = (one, other) if one.kind == "mask-strategy" else (other, one)
-        return (
-            bool(one.modalities & other.modalities) and strategy.needs <= objective.provides | objective.needs
-        )
-
-    return [other for other in registry.find(kind=other_kind) if fits(other)]
+        if (
+            one.modalities & other.modalities
+            and strategy.needs <= objective.provides | objective.needs
+            and strategy.disjoint_rows % objective.disjoint_rows == 0
+        ):
+            yield strategy, objective, other
 
 
 def _partner(registry: Registry, one: ComponentInfo) -> str:
@@ -270,6 +292,12 @@ def _text(registry: Registry, one: ComponentInfo) -> str:
     return "\n\n".join(blocks)
 
 
+_COUNTS = {
+    ("mask-strategy", "bounded"): "samples may keep different numbers of positions",
+    ("objective", "exact"): "every sample must keep the same number of positions",
+}
+
+
 def _facts(registry: Registry, one: ComponentInfo, problem: str) -> Iterable[tuple[str, str]]:
     plugin = one.plugin
     yield "broken", problem
@@ -287,10 +315,13 @@ def _facts(registry: Registry, one: ComponentInfo, problem: str) -> Iterable[tup
     else:
         yield "needs", ", ".join(sorted(one.needs))
     yield "provides", ", ".join(sorted(one.provides))
+    yield "counts", _COUNTS.get((one.kind, one.counts), "")
     yield "backbone", one.backbone
     yield "budgets", ", ".join(sorted(one.budgets))
     yield "domain", one.domain
     yield "works with", ", ".join(registry.address(other) for other in partners(registry, one))
+    for parameters, others in partners_with(registry, one).items():
+        yield f"with {parameters}", ", ".join(registry.address(other) for other in others)
     yield "extras", ", ".join(plugin.extras)
 
 

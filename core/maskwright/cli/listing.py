@@ -212,8 +212,9 @@ def component_as_json(
     """One component for programs.
 
     `kind`; `name`; `address` (the name to ask for: `name`, or `qualified` where another has the same); `qualified`; `summary`;
-    `modalities`, `needs`, `provides`, `budgets` (sorted lists); `backbone`; `domain`; `parameters` (a list of `name`, `type`,
-    `default`, `range`, `help`, all texts); `exempt` (rule → reason); `plugin` (slug), `module`, `distribution`, `version`,
+    `modalities`, `needs`, `provides`, `budgets` (sorted lists); `counts` ("bounded" for a strategy whose rows may keep different
+    numbers, "exact" for an objective that needs equal ones, else ""); `exact_with`; `backbone`; `domain`; `parameters` (a list of `name`, `type`,
+    `default`, `range`, `help`, all texts); `disjoint_rows`; `exempt` (rule → reason); `plugin` (slug), `module`, `distribution`, `version`,
     `source`; `problem` ("" when none is known).
     """
     plugin = info.plugin
@@ -224,12 +225,15 @@ def component_as_json(
         "qualified": info.qualified,
         "summary": info.summary,
         **{key: sorted(getattr(info, key)) for key in ("modalities", "needs", "provides", "budgets")},
+        "counts": info.counts,
+        "exact_with": dict(info.exact_with),
         "backbone": info.backbone,
         "domain": info.domain,
         "parameters": [
             {key: getattr(one, key) for key in ("name", "type", "default", "range", "help")}
             for one in info.parameters
         ],
+        "disjoint_rows": info.disjoint_rows,
         "exempt": dict(info.exempt),
         "plugin": plugin.slug,
         **{key: getattr(plugin, key) for key in ("module", "distribution", "version", "source")},

@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from maskwright.backbones.folders import read_config
 from maskwright.errors import BadData, OutputError
-from maskwright.jobs import models
 from maskwright.mask import load_masks
 from maskwright.protocols import SparsityReport
 
@@ -21,7 +21,7 @@ def apply_masks(model: Path, masks: Path, target: Path) -> SparsityReport:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    models.read_config(model)
+    read_config(model)
     found = load_masks(masks)
     shards = sorted(model.glob("*.safetensors"))
     left = dict(found)

@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.errors import CheckpointError, OutputError
+from maskwright.backbones.folders import PICKLES
+from maskwright.errors import CheckpointError, OutputError, reason
 
 _FORMAT = "maskwright-checkpoint-1"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-"""Ends of names of files that are pickles, as a rule: loading one runs the code in it."""
-
 Header = dict[str, Any]
 
 
@@ -121,14 +119,6 @@ def refuse_pickles(folder: Path) -> None:
             f"{folder / found[0]} is a pickle, and loading one runs whatever code is in it: maskwright reads safetensors "
             "only. Remove the file."
         )
-
-
-def reason(error: BaseException) -> str:
-    """An error's first line, without the file's name."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    said = str(error).partition("\n")[0].strip().removeprefix("Error while serializing: ")
-    return said.removeprefix("I/O error: ") or type(error).__name__
 
 
 def _state_of(thing: Any) -> Any:

@@ -202,7 +202,7 @@ def model(settings: Settings, objective: Objective, source: ImageSource | TextSo
     seed = settings.run.seed
     if isinstance(source, TextSource):
         return models.language_model(settings.model, source, causal=is_causal(objective), seed=seed)
-    if objective.backbone not in ("patch", "conv"):
+    if objective.backbone not in ("patch", "grid", "conv"):
         raise BackboneMismatch(
             f"The objective {objective.name!r} works on a {objective.backbone}; this job trains encoders of patches, "
             "convolutional networks and language models. Use maskwright.MaskedTraining on your own module instead."
@@ -315,7 +315,7 @@ def next_token_loss(backbone: TokenBackbone, tokens: Tensor) -> Tensor:
 
 
 def probes(trained: Trained, run: Run) -> dict[str, float | str]:
-    """Accuracy on held-out images of a linear and a kNN classifier on frozen features, and what labels are; nothing without.
+    """Accuracy on held-out images of a linear and a kNN classifier on frozen features, and what labels are; or nothing.
 
     Beside it stands what is to be had for nothing: the `chance` of always saying the commonest label, and the same probes of
     the encoder before this training (untrained, or as the model folder has it).

@@ -10,6 +10,7 @@ import attrs
 from torch import Tensor, nn
 
 from maskwright.backbones.defaults import causal_language_model
+from maskwright.backbones.folders import read_model
 from maskwright.errors import BadModel, OutputError, UsageError
 from maskwright.jobs import models
 from maskwright.jobs.export import check_exportable, export
@@ -244,7 +245,7 @@ def counted(
 
     Raises `OutputError` when the saved weights are not those that the saved masks keep.
     """
-    saved = models.read_model(folder / "model", work.reader, dtype="auto")
+    saved = read_model(folder / "model", work.reader, dtype="auto")
     kept = load_masks(folder / "masks.safetensors")
     layers: list[dict[str, Any]] = []
     for weight in weights:

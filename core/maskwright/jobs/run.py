@@ -27,11 +27,11 @@ from maskwright.errors import (
     NumericalError,
     OutputError,
     UsageError,
+    reason,
 )
 from maskwright.jobs.checkpoint import (
     load_checkpoint,
     read_header,
-    reason,
     refuse_pickles,
     restore,
     save_checkpoint,
@@ -695,7 +695,7 @@ def _save_model(model: Any, folder: Path) -> None:
 
         save_model(model, str(folder / "model.safetensors"))
         return
-    from maskwright.jobs.models import quiet_transformers
+    from maskwright.backbones.folders import quiet_transformers
 
     with quiet_transformers():
         model.save_pretrained(folder)

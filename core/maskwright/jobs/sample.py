@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from maskwright.backbones import TokenBackbone, adapt
+from maskwright.backbones.folders import read_config, read_model
 from maskwright.backbones.transformers import denoiser
-from maskwright.errors import BadModel, BadParameter, UsageError
+from maskwright.errors import BadModel, BadParameter, UsageError, reason
 from maskwright.jobs import models
-from maskwright.jobs.checkpoint import reason
 from maskwright.jobs.pretrain import embedded_language_model
 from maskwright.jobs.run import Result, Run
 from maskwright.protocols import Sampler, SampleRequest, Samples
@@ -103,10 +103,10 @@ def _speaker(run: Run, sampler: Sampler) -> Speaker:
         return _embedded(run, forward)
     models.tokenizer_of(section)
     folder = Path(section.source)
-    config = models.read_config(folder)
+    config = read_config(folder)
     kind = "AutoModelForCausalLM" if models.is_causal(config) else "AutoModelForMaskedLM"
     tokenizer = _tokenizer(folder)
-    model = models.read_model(folder, kind).eval().requires_grad_(False).to(run.device)
+    model = read_model(folder, kind).eval().requires_grad_(False).to(run.device)
     backbone = adapt(model, "token")
     mask_token = tokenizer.mask_token_id if backbone.mask_token is None else backbone.mask_token
     if mask_token is not None and mask_token >= backbone.vocabulary:

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from maskwright.errors import BadParameter, BadRunFile, did_you_mean
-from maskwright.registry import Registry, check_fit, default
+from maskwright.registry import COMPONENT, Registry, check_fit, components_inside, default
 from maskwright.settings import setting
 from maskwright.sources import EMBEDDED_IMAGES, EMBEDDED_TEXT
 
@@ -46,7 +46,8 @@ class RunSection:
 class ComponentSection:
     """[strategy], [objective], [pruner] or [sampler]: a registered name; every other key is one of its parameters.
 
-    A parameter that is itself a component is a table with a `name`, and a `kind` where that differs from its owner's.
+    A parameter that is itself a component is a table with a `name`, and a `kind` where that differs from its owner's; or just
+    the name, where the owner declares it with `maskwright.component`.
     """
 
     kind: str
@@ -56,14 +57,19 @@ class ComponentSection:
     def create(self, registry: Registry | None = None) -> Any:
         """The component. Raises what `Registry.create` raises."""
         registry = registry or default()
-        params = {key: self._value(value, registry) for key, value in self.params.items()}
+        inside = components_inside(registry.component_class(self.kind, self.name))
+        kinds = {name: field.metadata[COMPONENT] for name, field in inside.items()}
+        params = {key: self._value(value, kinds.get(key), registry) for key, value in self.params.items()}
         return registry.create(self.kind, self.name, **params)
 
-    def _value(self, value: Any, registry: Registry) -> Any:
+    def _value(self, value: Any, declared: str | None, registry: Registry) -> Any:
+        if isinstance(value, str) and declared is not None:
+            return ComponentSection(declared, value).create(registry)
         if not (isinstance(value, Mapping) and isinstance(value.get("name"), str)):
             return value
         params = {key: given for key, given in value.items() if key not in ("kind", "name")}
-        return ComponentSection(value.get("kind", self.kind), value["name"], params).create(registry)
+        kind = value.get("kind", declared or self.kind)
+        return ComponentSection(kind, value["name"], params).create(registry)
 
 
 @attrs.frozen
@@ -317,12 +323,13 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
         info = registry.info(name, "objective")
         modality = "text" if "text" in info.modalities else "image"
         tables = _merge(tables, BY_MODALITY[modality])
+        suited = None
         if "name" not in given.get("strategy", {}):
-            suited = getattr(registry.component_class("objective", name), "default_strategy", None)
-            if suited is not None:
-                tables = _merge(
-                    tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
-                )
+            suited = _suited_strategy(name, given.get("objective", {}), registry)
+        if suited is not None:
+            tables = _merge(
+                tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
+            )
     if job == "prune" and not given.get("budget"):
         named = str({**tables["pruner"], **given.get("pruner", {})}["name"])
         met = registry.info(named, "pruner").budgets
@@ -337,9 +344,44 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
     source = given.get("data", {}).get("source", tables["data"]["source"])
     tables = _merge(tables, {"model": _DEFAULT_MODEL["image"]})
     tables = _merge(tables, _DIGITS if source == "digits" else _PHOTOGRAPHS)
-    parameters = {parameter.name for parameter in info.parameters}
-    decoder = {key: value for key, value in _SMALL_DECODER.items() if key in parameters}
-    return _merge(tables, {"objective": {"name": name, **decoder}})
+    return _merge(tables, {"objective": _small_decoders(name, given.get("objective", {}), registry)})
+
+
+def _suited_strategy(
+    name: str, given: Mapping[str, Any], registry: Registry
+) -> str | Mapping[str, Any] | None:
+    """The strategy that an objective brings, or else an objective inside it."""
+    own: str | Mapping[str, Any] | None = getattr(
+        registry.component_class("objective", name), "default_strategy", None
+    )
+    theirs = (_suited_strategy(inner, table, registry) for _, inner, table in _inside(name, given, registry))
+    return own if own is not None else next((one for one in theirs if one is not None), None)
+
+
+def _small_decoders(name: str, given: Mapping[str, Any], registry: Registry) -> Table:
+    """The objective's table with the small decoder, where it has these parameters; so for the objectives inside it."""
+    parameters = {parameter.name for parameter in registry.info(name, "objective").parameters}
+    table: Table = {
+        "name": name,
+        **{key: value for key, value in _SMALL_DECODER.items() if key in parameters},
+    }
+    for parameter, inner, inside in _inside(name, given, registry):
+        table[parameter] = _small_decoders(inner, inside, registry)
+    return table
+
+
+def _inside(
+    name: str, given: Mapping[str, Any], registry: Registry
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """The objectives inside an objective: the parameter, the name, and what is given of its own parameters."""
+    for parameter, field in components_inside(registry.component_class("objective", name)).items():
+        value = given.get(parameter, field.default)
+        table = {"name": value} if isinstance(value, str) else value
+        if field.metadata[COMPONENT] == "objective" and isinstance(table, Mapping):
+            # A table without a name says something of the default.
+            inner = table.get("name", field.default)
+            if isinstance(inner, str):
+                yield parameter, inner, table
 
 
 def check(settings: Settings, registry: Registry | None = None) -> None:
@@ -374,10 +416,10 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Table]:
 def _deep(old: Any, new: Any) -> Any:
     """Two values of one key: tables are merged all the way down, of anything else the later one counts.
 
-    A table that names another component takes nothing from the one it replaces.
+    A table that names another component takes nothing from the one it replaces; a text that names the same one leaves it.
     """
     if not isinstance(new, Mapping):
-        return new
+        return old if isinstance(old, Mapping) and isinstance(new, str) and old.get("name") == new else new
     merged = dict(old) if isinstance(old, Mapping) else {}
     if "name" in merged and new.get("name", merged["name"]) != merged["name"]:
         merged = {}

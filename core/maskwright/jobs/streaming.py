@@ -20,6 +20,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from maskwright.backbones.folders import read_config
 from maskwright.errors import BadBudget, BadModel, NumericalError, OutputError, UsageError
 from maskwright.jobs import models
 from maskwright.jobs.pretrain import spread_over
@@ -47,7 +48,7 @@ def prune_streamed(
     weights = prunable_weights(network, rule)
     amount = check_budget(pruner, weights, budget)
     blocks = _blocks(network, weights)
-    source = readable_text(folder, run.settings.data, run.seed, network, models.read_config(folder))
+    source = readable_text(folder, run.settings.data, run.seed, network, read_config(folder))
     inside = {f"{path}." for path, _ in blocks}
     rest = [name for name in shards.names if not name.startswith(tuple(inside))]
     _fill(network, {name: shards.tensor(name) for name in rest})
@@ -146,7 +147,7 @@ def _pruned(pruner: Pruner, view: nn.Module, task: PruneTask, path: str) -> Prun
 
 
 def _check(run: Run, pruner: Pruner, folder: Path) -> None:
-    if run.settings.model.source == models.DEFAULT or not models.is_causal(models.read_config(folder)):
+    if run.settings.model.source == models.DEFAULT or not models.is_causal(read_config(folder)):
         raise UsageError(
             "model.stream reads causal language models from a folder; name one, or leave it out."
         )

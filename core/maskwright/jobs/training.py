@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from maskwright.backbones import adapt
-from maskwright.errors import BadParameter, MissingColumn
+from maskwright.errors import BadParameter, MissingColumn, MissingSignal
 from maskwright.mask import Layout, Mask
 from maskwright.protocols import Batch, Loss, MaskStrategy, Objective, Signals
 from maskwright.registry import check_fit
@@ -110,12 +110,18 @@ class MaskedTraining(nn.Module):
     def draw(self, batch: Batch) -> tuple[Mask, Signals]:
         """This rank's rows of the global batch's mask, and the local signals.
 
-        Raises `MissingColumn` when the batch lacks a column that the objective or the strategy reads.
+        Raises `MissingColumn` when the batch lacks a column that the objective or the strategy reads, and `MissingSignal` for a
+        signal that the objective cannot give with the models that it has.
         """
         if missing := self.objective.needs - batch.keys():
             raise MissingColumn(_without(self.objective.name, missing, batch))
         signals = dict(self.bound.signals(batch))
         if missing := self.strategy.needs - signals.keys() - batch.keys():
+            if promised := sorted(missing & self.objective.provides):
+                raise MissingSignal(
+                    f"With the models that it was given, {self.objective.name!r} gives no {', '.join(map(repr, promised))}, which "
+                    f"{self.strategy.name!r} needs; choose another strategy, or other models."
+                )
             raise MissingColumn(_without(self.strategy.name, missing, batch))
         needed = {name: signals[name] if name in signals else batch[name] for name in self.strategy.needs}
         layout = Layout.of(self.backbone, batch)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maskwright.backbones.folders import read_config, read_model
 from maskwright.errors import BadData, BadModel, NumericalError
 from maskwright.jobs import models
 from maskwright.jobs.pretrain import embedded_language_model, spread_over
@@ -116,19 +117,19 @@ def workload(run: Run) -> Workload:
 
 def of_folder(folder: Path, data: DataSection, seed: int) -> Workload:
     """The model of a folder on these data. Raises what `workload` raises."""
-    config = models.read_config(folder)
+    config = read_config(folder)
     names = config.get("architectures") or [f"{config['model_type']} model"]
     if models.is_causal(config):
-        network = models.read_model(folder, "AutoModelForCausalLM", dtype="auto")
+        network = read_model(folder, "AutoModelForCausalLM", dtype="auto")
         return causal_text(network, readable_text(folder, data, seed, network, config))
     if any(name.endswith("ForMaskedLM") for name in names):
-        network = models.read_model(folder, "AutoModelForMaskedLM", dtype="auto")
+        network = read_model(folder, "AutoModelForMaskedLM", dtype="auto")
         return masked_text(network, readable_text(folder, data, seed, network, config), folder)
     if any(name.endswith("ForImageClassification") for name in names):
-        network = models.read_model(folder, "AutoModelForImageClassification", dtype="auto")
+        network = read_model(folder, "AutoModelForImageClassification", dtype="auto")
         return classified_images(network, _images(folder, data, seed, config), folder)
     if any(name.endswith("Model") for name in names):
-        network = models.read_model(folder, "AutoModel", dtype="auto")
+        network = read_model(folder, "AutoModel", dtype="auto")
         if "vocab_size" in config:
             return embedded(
                 network, readable_text(folder, data, seed, network, config, room=2), _wrapped(folder)

@@ -111,12 +111,28 @@ def _convnext() -> Any:
     )
 
 
+def _swin() -> Any:
+    from transformers import SwinConfig, SwinModel
+
+    config = SwinConfig(
+        image_size=16,
+        patch_size=2,
+        embed_dim=8,
+        depths=[1, 2],
+        num_heads=[1, 2],
+        window_size=4,
+        drop_path_rate=0.0,
+    )
+    return SwinModel(config, add_pooling_layer=False)
+
+
 _MAKERS: dict[str, Callable[[int], nn.Module]] = {
     "plain-vit": lambda seed: PlainViT(),
     "plain-vit-oblong": lambda seed: PlainViT((4, 6), prefix=0),
     "transformers-vit": lambda seed: vision_transformer(
         image_size=16, patch_size=4, width=16, depth=2, heads=2, seed=seed
     ),
+    "transformers-swin": lambda seed: _swin(),
     "plain-convnet": lambda seed: PlainConvNet(),
     "transformers-resnet": lambda seed: _resnet(),
     "transformers-convnext": lambda seed: _convnext(),
@@ -131,6 +147,7 @@ _MAKERS: dict[str, Callable[[int], nn.Module]] = {
 
 NAMES: dict[str, tuple[str, ...]] = {
     "patch": ("plain-vit", "plain-vit-oblong", "transformers-vit"),
+    "grid": ("plain-vit", "transformers-swin", "plain-vit-oblong", "transformers-vit"),
     "conv": ("plain-convnet", "transformers-resnet", "transformers-convnext"),
     "token": ("transformers-llama", "transformers-bert"),
     "denoiser": ("plain-denoiser",),

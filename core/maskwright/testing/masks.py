@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import attrs
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from maskwright.errors import UnsupportedLayout
 from maskwright.mask import AttentionMask, Mask
+from maskwright.registry import keeps_equal_counts
 from maskwright.testing.rules import (
     Rule,
     check_component_is_frozen,
@@ -22,7 +24,16 @@ from maskwright.testing.rules import (
     rule,
     unwanted,
 )
-from maskwright.testing.strategies import Draw, Growth, accepted, draws, growths, ordinary, with_parameter
+from maskwright.testing.strategies import (
+    Draw,
+    Growth,
+    accepted,
+    draws,
+    grids_of,
+    growths,
+    ordinary,
+    with_parameter,
+)
 
 KIND = "mask-strategy"
 
@@ -61,13 +72,38 @@ def check_device_is_the_layouts(component: Any, draw: Draw) -> None:
     require(mask.device == draw.layout.device, f"it lies on {mask.device}, not on {draw.layout.device}.")
 
 
-@rule(KIND, cases=draws, applies=lambda component: getattr(component, "counts", "exact") == "exact")
+@rule(
+    KIND,
+    cases=draws,
+    applies=lambda component: keeps_equal_counts(component) or hasattr(component, "exact_with"),
+)
 def check_counts_are_equal(component: Any, draw: Draw) -> None:
-    """Every row of a draw keeps the same number (unless the class says `counts = "bounded"`)."""
-    mask = _readable(component, draw)
+    """Every row of a draw keeps the same number, unless the class says `counts = "bounded"`; with `exact_with` then too."""
+    wanted = dict(getattr(component, "exact_with", {}))
+    mask = _readable(attrs.evolve(component, **wanted) if wanted else component, draw)
     unwanted(isinstance(mask, AttentionMask))
     counts = mask.counts
-    require((counts == counts[0]).all(), f"rows keep {counts.tolist()} positions.", mask)
+    spelled = "".join(f" with {name}={value!r}" for name, value in wanted.items())
+    require((counts == counts[0]).all(), f"rows keep {counts.tolist()} positions{spelled}.", mask)
+
+
+@rule(KIND, applies=lambda component: not keeps_equal_counts(component))
+def check_bounded_counts_differ(component: Any) -> None:
+    """Rows do keep different numbers in some draw, where the class says that they may.
+
+    Objectives that need equal counts are refused for such a strategy: it must not be said without need.
+    """
+    if not any(_is_accepted(component, draw) for draw in _ordinary_draws(component)):
+        not_tried("the component accepted none of the examples")
+
+    for seed, (patch_size, grid) in itertools.product(range(4), grids_of(component)):
+        draw = Draw(4, grid, patch_size, seed=seed, signals_seed=seed)
+        if not _is_accepted(component, draw):
+            continue
+        mask = draw.mask(component)
+        if isinstance(mask, AttentionMask) or bool((mask.counts != mask.counts[0]).any()):
+            return
+    require(False, 'rows kept the same number in every draw; leave `counts = "bounded"` out.')
 
 
 @rule(KIND, cases=draws)
@@ -146,6 +182,16 @@ def check_rows_are_independent(component: Any, draw: Draw) -> None:
         random = any(not _same(several[0], other) for other in several[1:])
         copies = all(bool((one.keep == one.keep[:1]).all()) for one in several)
         require(not (random and copies), "all rows are copies of one random row.", mask)
+
+
+@rule(KIND, cases=_two_rows, applies=lambda component: getattr(component, "disjoint_rows", 1) > 1)
+def check_consecutive_rows_are_disjoint(component: Any, draw: Draw) -> None:
+    """As many consecutive rows as the class says in `disjoint_rows` never keep the same position."""
+    mask, group = _readable(component, draw), draw.strategy(component).disjoint_rows
+    unwanted(isinstance(mask, AttentionMask))
+    for first in range(0, draw.batch, group):
+        most = int(mask.keep[first : first + group].sum(0).max())
+        require(most <= 1, f"a position is kept by {most} of the {group} rows from row {first} on.", mask)
 
 
 @rule(KIND, cases=growths, examples=30, applies=lambda component: bool(getattr(component, "monotone", ())))
@@ -271,11 +317,13 @@ RULES: tuple[Rule, ...] = (
     check_shape_is_the_layouts,
     check_device_is_the_layouts,
     check_counts_are_equal,
+    check_bounded_counts_differ,
     check_no_row_is_all_hidden,
     check_same_generator_same_mask,
     check_global_random_state_is_untouched,
     check_signals_are_left_alone,
     check_rows_are_independent,
+    check_consecutive_rows_are_disjoint,
     check_monotone,
     check_every_signal_is_used,
     check_ordinary_layouts_are_accepted,

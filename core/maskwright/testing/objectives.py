@@ -32,6 +32,7 @@ from maskwright.backbones import KINDS as BACKBONE_KINDS
 from maskwright.errors import BackboneMismatch, UnequalMaskCounts
 from maskwright.mask import Layout, Mask
 from maskwright.protocols import BoundObjective, Loss
+from maskwright.registry import needs_equal_counts
 from maskwright.testing.backbones import LENGTH, NAMES, VOCABULARY, backbone, seeded
 from maskwright.testing.rules import (
     Rule,
@@ -224,9 +225,10 @@ def check_binds_to_its_kind_of_backbone(component: Any) -> None:
 def check_other_backbones_are_refused(component: Any) -> None:
     """`bind` raises `BackboneMismatch` for a module that is no backbone of its kind (anything may be a denoiser)."""
     others: dict[str, nn.Module] = {"Linear": nn.Linear(2, 2)}
-    for kind, names in NAMES.items():
-        if kind != component.backbone:
-            others[names[0]] = backbone(names[0], 0)
+    own = NAMES.get(component.backbone, ())
+    for names in NAMES.values():
+        for name in [name for name in names if name not in own][:1]:
+            others[name] = backbone(name, 0)
     for name, module in others.items():
         error: Exception | None = None
         try:
@@ -325,20 +327,28 @@ def check_extreme_masks_are_survived(component: Any, example: Pass) -> None:
 
 @rule(KIND, cases=passes, examples=10)
 def check_unequal_counts_are_taken_or_refused(component: Any, example: Pass) -> None:
-    """A mask that keeps another number in each row gives a finite loss or raises `UnequalMaskCounts`."""
+    """A mask that keeps another number in each row gives a finite loss, or `UnequalMaskCounts` from a class that says so.
+
+    It says so with `counts = "exact"`: then a strategy of bounded counts is refused when a run is configured, not in step 1.
+    """
     scene = ready(component, attrs.evolve(example, rows=max(2, example.rows)))
     unwanted(not bool(played(scene).total.isfinite()) or hasattr(component, "example_mask"))
     generator = torch.Generator().manual_seed(example.seed)
     layout = Layout(scene.mask.shape[0], tuple(scene.mask.shape[1:]), scene.mask.device)
     counts = 1 + torch.arange(layout.batch) * (layout.positions - 2) // max(1, layout.batch - 1)
     mask = random_mask(layout, counts, generator)
+    needs_equal = needs_equal_counts(component)
     try:
         total = scene.loss(mask=mask).total.detach()
     except UnequalMaskCounts:
+        require(needs_equal, 'it raised UnequalMaskCounts: say `counts = "exact"` on the class.', mask)
         return
     except Exception as error:
         require(False, f"{type(error).__name__}: {error}", mask)
     require(total.isfinite(), f"the loss is {float(total)} for rows that keep {counts.tolist()}.", mask)
+    require(
+        not needs_equal, f'rows that keep {counts.tolist()} were taken; leave `counts = "exact"` out.', mask
+    )
 
 
 # -- who learns ----------------------------------------------------------------------------------------------
@@ -594,7 +604,7 @@ def _quiet_loss(scene: Scene, batch: dict[str, Tensor]) -> Loss | None:
 
 @rule(KIND, cases=passes, examples=10)
 def check_signals_are_as_declared(component: Any, example: Pass) -> None:
-    """`signals` returns what `provides` names: finite, [B, N], without gradient, the same when asked again.
+    """`signals` returns what `provides` names: finite, [B, N, …], without gradient, the same when asked again.
 
     It may return more, with a row for each sample, for its own forward pass: a teacher runs once in a step.
     """
@@ -609,8 +619,11 @@ def check_signals_are_as_declared(component: Any, example: Pass) -> None:
     require(not missing, f"it returned {sorted(signals)}, `provides` promises {missing}.")
     for name, value in signals.items():
         shape, wanted = list(value.shape), [layout.batch, layout.positions]
-        fits = shape == wanted if name in component.provides else shape[:1] == wanted[:1]
-        require(fits, f"signal {name!r} is {shape}, not {wanted}: rows × positions.")
+        known = 2 if name in component.provides else 1
+        fits = shape[:known] == wanted[:known]
+        require(
+            fits, f"signal {name!r} is {shape}, not {wanted} (rows × positions), before any further axes."
+        )
         require(not value.requires_grad, f"signal {name!r} carries a gradient.")
         require(value.isfinite().all(), f"signal {name!r} is not finite.")
         require(torch.equal(value, again[name]), f"signal {name!r} was another when asked again.")

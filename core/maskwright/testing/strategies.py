@@ -64,6 +64,12 @@ def ordinary(component: Any) -> list[tuple[int | None, tuple[int, ...]]]:
     return list(dict.fromkeys(pair for word in words for pair in ORDINARY.get(word, _SEQUENCES)))
 
 
+def grids_of(component: Any) -> list[tuple[int | None, tuple[int, ...]]]:
+    """Every (patch size, grid) pair that the kit tries: the ordinary ones, and images that do not divide evenly."""
+    odd = not getattr(component, "example_grids", ()) and "image" in component.modalities
+    return ordinary(component) + (list(_ODD_IMAGES) if odd else [])
+
+
 def example_signals(component: Any, layout: Layout, seed: int) -> dict[str, Tensor]:
     """Every signal that a strategy needs: uniform float32 [B, N], int64 [B, *grid] for "tokens", or its own."""
     generator = torch.Generator().manual_seed(seed)
@@ -126,9 +132,7 @@ def with_parameter(component: Any, name: str, value: Any) -> Any:
 
 def draws(component: Any, *, least: int = 1) -> st.SearchStrategy[Draw]:
     """Calls of a strategy on layouts of its modalities, most of which divide evenly; at least `least` rows."""
-    pairs = ordinary(component)
-    if not getattr(component, "example_grids", ()) and "image" in component.modalities:
-        pairs += list(_ODD_IMAGES)
+    pairs = grids_of(component)
 
     def draw(pair: tuple[int | None, tuple[int, ...]], **values: Any) -> Draw:
         return Draw(grid=pair[1], patch_size=pair[0], **values)

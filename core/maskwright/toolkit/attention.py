@@ -1,8 +1,8 @@
-"""Exact attention under a rule, a slab of queries at a time: the L × L mask never exists."""
+"""Exact attention under a rule: a slab of queries at a time without an L × L mask, or by a layer's own scores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
 import torch
@@ -121,6 +121,37 @@ def attend(
 ) -> Tensor:
     """Attention under a rule, once: `Slabs(mask).attend(query, key, value)`."""
     return Slabs(mask).attend(query, key, value, scale=scale, dropout=dropout)
+
+
+@attrs.frozen(eq=False)
+class ScoreRule:
+    """An attention rule that each layer evaluates on its own queries and keys, such as "the k keys that score highest".
+
+    `keep(scores [B, H, Q, K]) -> bool` of the same shape, True = attended. The scores are q · k · scale, and carry no gradient:
+    what a rule keeps is not learned, what is kept is.
+    """
+
+    keep: Callable[[Tensor], Tensor]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, dropout: float = 0.0
+    ) -> Tensor:
+        """As `Slabs.attend`: [B, H, Q, D], [B, G, K, D], [B, G, K, E] → [B, H, Q, E]; zeros for a query that attends to nothing.
+
+        Raises `MaskShapeError` when the rule answers with anything but a bool for each score.
+        """
+        if key.shape[1] != query.shape[1]:
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+        keep = self.keep(scores.detach())
+        if keep.dtype != torch.bool or keep.shape != scores.shape:
+            raise MaskShapeError(
+                f"An attention rule on scores {list(scores.shape)} must answer with bool of that shape, True = attended; "
+                f"it gave {keep.dtype} {list(keep.shape)}."
+            )
+        # A finite number, so that a row without keys has no 0 / 0.
+        weights = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~keep, 0.0)
+        return torch.nn.functional.dropout(weights, dropout).to(value.dtype) @ value
 
 
 def _tile(mask: AttentionMask, slab: Slab) -> Tensor:

@@ -105,4 +105,5 @@ def initialize_linear(module: nn.Module) -> None:
             nn.init.xavier_uniform_(weight)
     elif isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
