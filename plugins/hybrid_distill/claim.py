@@ -14,6 +14,7 @@ from maskwright import MaskedTraining, adapt
 from maskwright.backbones.defaults import vision_transformer
 from maskwright.backbones.teachers import make_watchable, watch
 from maskwright.jobs.claims import Claim
+from maskwright.jobs.comparison import Entry, supervised
 from maskwright.jobs.probes import knn_accuracy
 from maskwright.plugins.hybrid_distill.diversity import attention_distance, normalized_mutual_information
 from maskwright.plugins.hybrid_distill.objective import relation
@@ -201,4 +202,15 @@ CLAIM = Claim(
     "steps of 32, the supervised one a classifier after 200, students 150. Sizes were chosen after looks at seed 8, where a SimMIM "
     "teacher, and crops of photographs, did not meet the precondition either. It is not met here: teachers of this size attend almost uniformly (NMI near 0), the MAE more so than the classifier, so that there is no "
     "diversity to hand over, and the hybrid student moves towards its MIM teacher, as the relations tell it to",
+)
+
+ENTRIES = (
+    Entry(
+        {"objective.name": "hybrid-distill"},
+        teachers={
+            "objective.mim_teacher": {"objective.name": "mae"},
+            "objective.feature_teacher": supervised,
+        },
+        note="its teachers are an mae of the same budget and a classifier that was taught the labels: not self-supervised",
+    ),
 )
