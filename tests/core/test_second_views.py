@@ -358,7 +358,7 @@ def test_a_pretraining_on_pairs_shows_them(scenes, tmp_path):
     assert "8 pairs of images" in result.summary["data"]
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "Held-out image 1, second view" in page
-    assert 'class="pictures rows-4"' in page
+    assert 'class="pictures" style="--rows: 4"' in page
     assert page.index(">second view<") < page.index(">reconstruction<")
     assert 'views = "pairs"' in (tmp_path / "run" / "run.toml").read_text("utf-8")
 

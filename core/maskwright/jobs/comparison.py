@@ -10,6 +10,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import statistics
 import threading
@@ -186,7 +187,7 @@ def tasks(chosen: Sequence[Row], terms: Terms) -> dict[tuple[str, str, int], lis
         for data in terms.data:
             for seed in terms.seeds:
                 budget = terms.overrides(data, seed)
-                place = f"{data.replace(os.sep, '-').strip('-')}/{row.name.replace(' × ', '-')}"
+                place = f"{_file_name(data)}/{_file_name(row.name)}"
                 teachers = {}
                 for setting, made in row.entry.teachers.items():
                     called = f"{place}-{setting.rpartition('.')[2]}/seed-{seed}"
@@ -197,6 +198,10 @@ def tasks(chosen: Sequence[Row], terms: Terms) -> dict[tuple[str, str, int], lis
                 own = task(f"{place}/seed-{seed}", {**budget, **row.entry.settings}, None, **paths)
                 planned[row.name, data, seed] = [*teachers.values(), own]
     return planned
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
 
 
 # -- running -------------------------------------------------------------------------------------------------
@@ -586,6 +591,7 @@ def supervised(settings: Settings, folder: Path) -> None:
     import torch
 
     from maskwright.backbones import adapt
+    from maskwright.backbones.folders import quiet_transformers
     from maskwright.jobs import models
     from maskwright.jobs.batches import Batches
     from maskwright.jobs.pretrain import learning_rate, parameter_groups, pooled
@@ -617,4 +623,5 @@ def supervised(settings: Settings, folder: Path) -> None:
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(module.parameters(), given.clip or float("inf"))
                 optimizer.step()
-    network.eval().save_pretrained(folder)
+    with quiet_transformers():
+        network.eval().save_pretrained(folder)
