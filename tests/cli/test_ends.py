@@ -84,7 +84,7 @@ def shell(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
         (["pretrain", "--resume"], "There is no run to resume below ./runs"),
         (["pretrain", "--resume", "x", "--out", "y"], "Name the run's folder once"),
         (["pretrain", "--resume", "nowhere"], "There is no run to resume in nowhere: it has no run.toml."),
-        (["prune", "--sparsity", "0.5", "--pattern", "2:4"], "exactly one of sparsity, pattern"),
+        (["prune", "--sparsity", "0.5", "--pattern", "2:4"], "exactly one of pattern, sparsity"),
         (["sample", "--count", "0"], "[request] count=0 must be >= 1."),
     ],
 )

@@ -78,7 +78,7 @@ def test_pruners_are_ranked_and_a_failing_one_stops_no_other(tmp_path, llama, te
     assert row["quality"] != told["dense"]
     assert row["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert row["peak_memory"] > 10**8
-    assert {"dense", "bit-packed", "model folder", "compressed-tensors-bitmask"} <= set(row["sizes"])
+    assert {"dense", "bit-packed", "compressed-tensors-bitmask"} <= set(row["sizes"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "This pruner wants a model with 3 legs." in page
     assert "fails, seed 0, failed" in page

@@ -87,8 +87,8 @@ PHOTOGRAPHS: Overrides = {"data.size": 32, "model.patch_size": 8}
 SIZES: Mapping[str, Overrides] = {"digits": {"data.size": 16, "model.patch_size": 4}}
 """Pixels a side: 4 × 4 patches of digits, enlarged, and of anything else.
 
-Steps, sizes and width were chosen so that the baseline learns something on digits in this time (its kNN probe rises above the
-untrained encoder's), before any other row was looked at.
+Steps, sizes and width were chosen from ten settings of the baseline on digits with seed 0, as one in which its kNN probe rises above
+the untrained encoder's in this time: that row is favoured by the choice.
 """
 
 FAMILIES = {"images": "image"}
