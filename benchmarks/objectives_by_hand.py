@@ -264,5 +264,46 @@ class Spark(nn.Module):
         return (error * hidden).sum() / hidden.sum()
 
 
-BY_HAND: dict[str, type[nn.Module]] = {"mae": Mae, "simmim": SimMim, "hpm": Hpm, "spark": Spark}
+class Croco(nn.Module):
+    """Nine tenths of the first view dropped, completed from the second by a decoder that attends to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit()
+        self.embed = nn.Linear(WIDTH, NARROW)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, NARROW))
+        self.register_buffer("positions", torch.randn(1, COUNT, NARROW))
+        depth, heads = DECODER["decoder_depth"], DECODER["decoder_heads"]
+        self.blocks = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                NARROW, heads, 4 * NARROW, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.memory_norms = nn.ModuleList(nn.LayerNorm(NARROW) for _ in range(depth))
+        self.norm = nn.LayerNorm(NARROW)
+        self.predict = nn.Linear(NARROW, PIXELS)
+
+    def forward(self, pixels: Tensor, pixels_other_view: Tensor) -> Tensor:
+        batch, kept = len(pixels), COUNT - int(0.9 * COUNT)
+        order = torch.rand(batch, COUNT).argsort(1)
+        back = order.argsort(1)
+        x = self.embed(encoded(self.vit, take(embedded(self.vit, pixels), order[:, :kept]))[:, 1:])
+        full = torch.cat([x, self.mask_token.expand(batch, COUNT - kept, -1)], 1)
+        x = take(full, back) + self.positions
+        other = self.embed(encoded(self.vit, embedded(self.vit, pixels_other_view))[:, 1:]) + self.positions
+        for block, norm in zip(self.blocks, self.memory_norms):
+            x = block(x, norm(other))
+        error = (self.predict(self.norm(x)) - normal(patches(pixels))).square().mean(-1)
+        hidden = back >= kept
+        return (error * hidden).sum() / hidden.sum()
+
+
+BY_HAND: dict[str, type[nn.Module]] = {
+    "mae": Mae,
+    "simmim": SimMim,
+    "hpm": Hpm,
+    "spark": Spark,
+    "croco": Croco,
+}
 """The loops written by hand, by the name of the objective."""
