@@ -106,7 +106,10 @@ def test_the_text_is_the_mask(run):
         generator=torch.Generator().manual_seed(3),
     )
     assert (drawn(result.stdout) == expected.keep[0].numpy()).all()
-    assert "Random(ratio=0.5) on 6 × 10: 50.0% hidden (seed 3, progress 0.5)" in result.stdout
+    assert (
+        "Random(ratio=0.5, truncated='visible') on 6 × 10: 50.0% hidden (seed 3, progress 0.5)"
+        in result.stdout
+    )
 
 
 def test_other_seeds_give_other_masks_and_equal_ones_the_same(run):

@@ -161,7 +161,7 @@ def test_create_gives_the_component_with_its_parameters():
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"ratoi": 0.5}, "random has no parameter 'ratoi'. Did you mean 'ratio'? Legal: ratio."),
+        ({"ratoi": 0.5}, "random has no parameter 'ratoi'. Did you mean 'ratio'? Legal: ratio, truncated."),
         ({"ratio": 1.0}, "random: ratio=1.0 must be in [0, 1)."),
         ({"ratio": "much"}, "random: ratio='much' must be a number in [0, 1)."),
     ],
