@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from maskwright.protocols import Batch as Batch
     from maskwright.protocols import BoundObjective as BoundObjective
     from maskwright.protocols import Budget as Budget
+    from maskwright.protocols import Expert as Expert
     from maskwright.protocols import Loss as Loss
     from maskwright.protocols import MaskStrategy as MaskStrategy
     from maskwright.protocols import Objective as Objective
@@ -57,7 +58,7 @@ _HOMES = {
             "Loss",
             "Budget",
         ),
-        *("PruneTask", "PruneResult", "SparsityReport", "SampleRequest", "Samples"),
+        *("Expert", "PruneTask", "PruneResult", "SparsityReport", "SampleRequest", "Samples"),
     ),
     "maskwright.registry": ("Registry",),
     "maskwright.settings": ("setting",),
