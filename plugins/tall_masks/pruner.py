@@ -89,6 +89,7 @@ Artifacts = Mapping[str, Mapping[str, Mask] | Mapping[str, Tensor]]
 def restored(base: Mapping[str, Tensor], artifacts: Artifacts, task: str) -> dict[str, Tensor]:
     """The state of a task's model from the base model's `state_dict()` and the artifacts of `tall-masks`.
 
+    Tied parameters are stored once and recognised by the memory that they share in that state.
     Raises `BadData` for a task that the artifacts do not have, and `BadModel` when the base is of another architecture.
     """
     masks = _of_task(artifacts["task-masks"], task)
