@@ -238,15 +238,17 @@ class LtSft:
     example_parameters: ClassVar[dict[str, Any]] = {"full_epochs": 1, "sparse_epochs": 1, "lr": 0.01}
 
     full_epochs: int | None = setting(
-        3, "epochs of the full fine-tuning, or none to give steps", ge=0, optional=True
+        3, "epochs of the full fine-tuning; without, its most steps", ge=0, optional=True
     )
-    full_min_steps: int | None = setting(None, "steps that it has at least", ge=0, optional=True)
-    full_max_steps: int | None = setting(None, "steps that it has at most", ge=0, optional=True)
+    full_min_steps: int | None = setting(None, "fewest steps of the full fine-tuning", ge=0, optional=True)
+    full_max_steps: int | None = setting(None, "most steps of the full fine-tuning", ge=0, optional=True)
     sparse_epochs: int | None = setting(
-        10, "epochs of the sparse fine-tuning, or none to give steps", ge=0, optional=True
+        10, "epochs of the sparse fine-tuning; without, its most steps", ge=0, optional=True
     )
-    sparse_min_steps: int | None = setting(None, "steps that it has at least", ge=0, optional=True)
-    sparse_max_steps: int | None = setting(None, "steps that it has at most", ge=0, optional=True)
+    sparse_min_steps: int | None = setting(
+        None, "fewest steps of the sparse fine-tuning", ge=0, optional=True
+    )
+    sparse_max_steps: int | None = setting(None, "most steps of the sparse fine-tuning", ge=0, optional=True)
     iterations: int = setting(
         1, "how many times both phases are done, each adding its share of entries", ge=1
     )
