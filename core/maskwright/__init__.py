@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from maskwright.protocols import Batch as Batch
     from maskwright.protocols import BoundObjective as BoundObjective
     from maskwright.protocols import Budget as Budget
+    from maskwright.protocols import Expert as Expert
     from maskwright.protocols import Loss as Loss
     from maskwright.protocols import MaskStrategy as MaskStrategy
     from maskwright.protocols import Objective as Objective
@@ -59,7 +60,7 @@ _HOMES = {
             "Loss",
             "Budget",
         ),
-        *("PruneTask", "PruneResult", "SparsityReport", "SampleRequest", "Samples"),
+        *("Expert", "PruneTask", "PruneResult", "SparsityReport", "SampleRequest", "Samples"),
     ),
     "maskwright.registry": ("Registry", "component"),
     "maskwright.settings": ("setting",),
