@@ -670,10 +670,11 @@ class Layout:
 _FORMAT = "maskwright-masks-1"
 
 
-def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Mask]) -> None:
+def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Mask], *, of: str = "weights") -> None:
     """Write masks to a safetensors file, one bit per element (little-endian bit order, row-major).
 
-    The file appears whole or not at all. `load_masks` reads it back.
+    The file appears whole or not at all. `load_masks` reads it back. `of` says what is masked: a model's "weights", or its
+    "difference" from another one (see `masks_of`).
     """
     from safetensors.numpy import save
 
@@ -682,7 +683,20 @@ def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Mask]) -> None:
         for name, mask in masks.items()
     }
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    write_whole(path, save(packed, metadata={"format": _FORMAT, "shapes": json.dumps(shapes)}))
+    write_whole(path, save(packed, metadata={"format": _FORMAT, "shapes": json.dumps(shapes), "of": of}))
+
+
+def masks_of(path: str | os.PathLike[str]) -> str:
+    """What the masks of a file are of, "weights" or "difference". Raises `BadData` as `load_masks` does."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            return str((file.metadata() or {}).get("of", "weights"))
+    except FileNotFoundError:
+        raise BadData(f"{path} does not exist; give the masks.safetensors of a run.") from None
+    except (SafetensorError, OSError) as error:
+        raise BadData(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, Mask]:

@@ -50,3 +50,13 @@ def test_masks_of_another_model_are_refused_before_anything_is_written(tmp_path,
     with pytest.raises(OutputError, match="is not empty"):
         apply_masks(llama, masks(**{name: tuple(shape)}), target)
     assert [path.name for path in target.iterdir()] == ["mine.txt"]
+
+
+def test_masks_of_a_change_are_not_applied_to_weights(tmp_path, llama):  # noqa: F811
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = load_file(llama / "model.safetensors")[name].shape
+    path = tmp_path / "masks.safetensors"
+    save_masks(path, {name: Mask(torch.ones(shape, dtype=torch.bool))}, of="difference")
+    with pytest.raises(BadData, match="are of a model's change, not of its weights"):
+        apply_masks(llama, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

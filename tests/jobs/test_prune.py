@@ -25,6 +25,7 @@ from maskwright.errors import BadBudget, BadModel, BadRunFile, NumericalError, O
 from maskwright.jobs import execute, pretrain
 from maskwright.jobs.prune import prune, rule_of
 from maskwright.jobs.settings import resolve
+from maskwright.mask import masks_of
 from maskwright.registry import Registry
 from maskwright.sources.text import load_text
 from maskwright.toolkit.prunable import prunable_weights
@@ -604,6 +605,15 @@ def test_a_pruner_of_differences_needs_no_budget_and_leaves_its_artifacts(tmp_pa
     total = sum(weight.parameter.numel() for weight in weights)
     assert result.summary["sparsity"] == pytest.approx(1 - kept / total)
     assert result.summary["facts"] == {"rows": 1.0}
+    assert result.summary["prunes"] == "difference"
+    packed = sum(4 * weight.shape[1] + -(-weight.parameter.numel() // 8) for weight in weights)
+    assert result.summary["sizes"]["change, bit-packed"] == packed
+    assert "bit-packed" not in result.summary["sizes"]
+    assert masks_of(tmp_path / "run" / "masks.safetensors") == "difference"
+    assert "weights unchanged" in result.report.read_text()
+    exported = resolve("prune", None, {**changes, "output.export": "compressed-tensors"}, registry=registry)
+    with pytest.raises(UsageError, match="masks their change"):
+        execute(exported, folder=tmp_path / "exported", registry=registry, quiet=True)
     rows = load_masks(tmp_path / "run" / "rows.safetensors")
     shift = load_file(tmp_path / "run" / "shift.safetensors")
     assert set(rows) == set(shift) == {weight.name for weight in weights}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from maskwright.backbones.folders import read_config
 from maskwright.errors import BadData, OutputError
-from maskwright.mask import load_masks
+from maskwright.mask import load_masks, masks_of
 from maskwright.protocols import SparsityReport
 
 
@@ -22,6 +22,11 @@ def apply_masks(model: Path, masks: Path, target: Path) -> SparsityReport:
     from safetensors.torch import save_file
 
     read_config(model)
+    if masks_of(masks) != "weights":
+        raise BadData(
+            f"The masks in {masks} are of a model's change, not of its weights: there is nothing to set to zero; use the model/ folder "
+            "beside them."
+        )
     found = load_masks(masks)
     shards = sorted(model.glob("*.safetensors"))
     left = dict(found)

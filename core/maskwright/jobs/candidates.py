@@ -436,7 +436,7 @@ def _row(one: Outcome, comparison: Comparison, names: Sequence[str]) -> dict[str
         "pruner": one.pruner,
         "quality": say_quality(quality, comparison.measure),
         "spread": "" if spread is None else say_quality(float(f"{spread:.2g}"), comparison.measure),
-        "sparsity": report.share(sparsity, 2) if sparsity is not None else "",
+        "sparsity": "" if sparsity is None else report.share(sparsity, 2) + _of_change(one),
         "sizes": [
             report.size(value) if (value := one.mean("sizes", name)) is not None else "–" for name in names
         ],
@@ -445,6 +445,12 @@ def _row(one: Outcome, comparison: Comparison, names: Sequence[str]) -> dict[str
         "run": f"runs/{_place(Path(), one.pruner, min(one.summaries)).name}/report.html",
         "seeds": len(one.summaries),
     }
+
+
+def _of_change(one: Outcome) -> str:
+    """What is counted where a method masks the change of the weights."""
+    masked = {summary.get("prunes") for summary in one.summaries.values()}
+    return " unchanged" if masked == {"difference"} else ""
 
 
 def say_quality(value: float, measure: str) -> str:

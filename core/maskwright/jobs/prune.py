@@ -76,7 +76,13 @@ def prune(run: Run) -> Result:
     network.to(run.device).eval()
     weights = prunable_weights(network, rule)
     _check_budget(pruner, weights, budget)
+    changes = getattr(pruner, "prunes", "weights") == "difference"
     if settings.require("output").export != "none":
+        if changes:
+            raise UsageError(
+                f"{pruner.name} leaves weights as they are and masks their change, so that there is no sparse model to export; leave "
+                "output.export out."
+            )
         check_exportable(settings.require("output").export, weights)
     run.say(_described(network, weights))
     before = work.quality(network, run)
@@ -92,7 +98,6 @@ def prune(run: Run) -> Result:
         work=work,
     )
     # Where masks are of the change, what was saved is compared with what was given.
-    changes = getattr(pruner, "prunes", "weights") == "difference"
     base = {weight.name: weight.parameter.detach().clone() for weight in weights} if changes else {}
     run.say(f"Pruning with {pruner.name}" + (f" to a {budget}" if budget else ""))
     result = pruner.prune(network, task)
@@ -100,6 +105,7 @@ def prune(run: Run) -> Result:
         run.mask_drawn(mask)
     summary = {
         "pruner": pruner.name,
+        **({"prunes": "difference"} if changes else {}),
         "budget": {budget.kind: getattr(budget, budget.kind)} if budget else {},
         "quality": {
             "measure": work.measure,
@@ -120,6 +126,7 @@ def prune(run: Run) -> Result:
         tokenizer=work.source if folder is None else None,
         files=_beside(folder) if folder is not None else None,
         masks=result.masks,
+        masks_of="difference" if changes else "weights",
         artifacts=result.artifacts,
         counted=lambda written: counted(written, work, weights, result.masks, settings, base),
     )
@@ -262,7 +269,11 @@ def counted(
     removed = 1 - sum(layer["kept"] for layer in layers) / sum(layer["total"] for layer in layers)
     sizes = {
         "dense": dense_bytes(work.network),
-        "bit-packed": packed_bytes(work.network, masks),
+        **(
+            {"change, bit-packed": _packed_change(weights, masks)}
+            if base
+            else {"bit-packed": packed_bytes(work.network, masks)}
+        ),
         "model folder": _bytes(folder / "model"),
         "masks file": (folder / "masks.safetensors").stat().st_size,
     }
@@ -270,6 +281,16 @@ def counted(
     if wanted != "none":
         sizes[wanted] = _bytes(export(folder, wanted, work.network, kept, removed))
     return {"sparsity": removed, "layers": layers, "sizes": sizes}
+
+
+def _packed_change(weights: list[Weight], masks: Mapping[str, Mask]) -> int:
+    """Bytes of a change as its kept entries beside one bit for each entry."""
+    return sum(
+        int(masks[weight.name].keep.sum()) * weight.parameter.element_size()
+        + -(-weight.parameter.numel() // 8)
+        for weight in weights
+        if weight.name in masks
+    )
 
 
 def _bytes(folder: Path) -> int:

@@ -493,7 +493,8 @@ def _prune(run: Run) -> dict[str, Any]:
     asked = _asked(run)
     numbers = _quality(run)
     if is_number(removed):
-        numbers.append(Number("weights removed", share(removed, 2), f"asked: {asked}" if asked else ""))
+        label = "weights unchanged" if run.summary.get("prunes") == "difference" else "weights removed"
+        numbers.append(Number(label, share(removed, 2), f"asked: {asked}" if asked else ""))
     numbers += _time(run)
     sizes = _sizes(run.summary.get("sizes"))
     charts = [_layer_chart(run, layers), *_training_charts(run)]

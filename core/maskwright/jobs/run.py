@@ -293,6 +293,7 @@ class Run:
         model: Any = None,
         tokenizer: Any = None,
         masks: Mapping[str, Mask] | None = None,
+        masks_of: str = "weights",
         pictures: Mapping[str, Tensor] | None = None,
         samples: Iterable[Mapping[str, Any]] | None = None,
         files: Mapping[str, str] | None = None,
@@ -302,7 +303,7 @@ class Run:
         """Write what the job leaves: model/, masks, pictures, samples, summary.json and report.html, each whole or not.
 
         `model` and `tokenizer` have `save_pretrained`; a module without it is saved as model/model.safetensors. `files` are
-        texts to lie beside the model, by name; `artifacts` masks or tensors that become files <name>.safetensors. `counted` adds to the summary what it reads from the run's folder, with model and
+        texts to lie beside the model, by name; `masks_of` says what is masked; `artifacts` masks or tensors that become files <name>.safetensors. `counted` adds to the summary what it reads from the run's folder, with model and
         masks in it. In all processes but the first nothing is written.
         """
         from safetensors.torch import save
@@ -321,7 +322,7 @@ class Run:
                     (temporary / name).write_text(text, "utf-8")
         if masks:
             with self._writing(self.folder / "masks.safetensors"):
-                save_masks(self.folder / "masks.safetensors", masks)
+                save_masks(self.folder / "masks.safetensors", masks, of=masks_of)
         for name, held in (artifacts or {}).items():
             self._artifact(f"{name}.safetensors", held)
         if pictures:
