@@ -51,9 +51,14 @@ def test_statistics_follow_only_where_asked_and_dropout_stays_off():
 def test_an_error_puts_statistics_back():
     model = convnet()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="no"), replaced(model, prunable_weights(model), statistics=True):
-        model(torch.ones(2, 3, 8, 8))
-        raise RuntimeError("no")
+
+    def failing():
+        with replaced(model, prunable_weights(model), statistics=True):
+            model(torch.ones(2, 3, 8, 8))
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        failing()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
 
