@@ -131,5 +131,6 @@ CLAIM = Claim(
     paper="CLIP ViT-B/16, 16 shots, mean over 11 datasets: 65.23 before, 83.96 after (a class-wise new domain, not a blurred one)",
     note=f"scikit-learn's digits in random fifths, an MLP 64-{WIDTH}-{WIDTH}-10, both hidden matrices masked; the new domain averages each "
     f"image with itself one pixel to the right. {STEPS} steps at a rate of {RATE:g} remove far more than the paper's 2.56 %: the share is "
-    "an outcome and is only reported. The fine-tuned model trains the same matrices on the same batches at the same rate.",
+    "an outcome and is only reported. The fine-tuned model trains the same matrices on the same batches at the same rate; "
+    "here it learns as much and forgets less than any of the masks.",
 )
