@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from maskwright import PruneResult, PruneTask, setting
 from maskwright.errors import BadBudget, BadData
-from maskwright.toolkit.masked import replaced, require_finite_loss, running_statistics, straight_through
+from maskwright.toolkit.masked import (
+    replaced,
+    require_finite_loss,
+    require_finite_scores,
+    running_statistics,
+    straight_through,
+)
 from maskwright.toolkit.patterns import check_budget, keep_largest, keep_share, kth_largest, removed_count
 from maskwright.toolkit.prunable import Weight, finish, prunable_weights
 from maskwright.toolkit.schedules import cosine
@@ -193,15 +199,13 @@ class LotteryJackpot:
                 optimizer.param_groups[0]["lr"] = cosine(self.lr, 0.0, behind)
                 replace({layer.weight.name: layer() for layer in layers})
                 loss = task.loss(model, task.batch(step))
+                numbers = {"loss": require_finite_loss(self, loss, step)}
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                require_finite_scores(self, (layer.scores for layer in layers), step)
                 share = self.swaps * swap_share(self.restriction, behind)
-                numbers = {
-                    "loss": require_finite_loss(self, loss, step),
-                    "swaps": float(sum(layer.swap(share) for layer in layers)),
-                    "share": share,
-                }
+                numbers |= {"swaps": float(sum(layer.swap(share) for layer in layers)), "share": share}
                 task.log(step, **numbers)
                 history.append({"step": float(step.index + 1), **numbers})
         return history

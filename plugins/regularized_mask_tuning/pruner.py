@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from maskwright import PruneResult, PruneTask, setting
 from maskwright.errors import BadData, BadModel, BadParameter
-from maskwright.toolkit.masked import Replace, replaced, require_finite_loss, straight_through
+from maskwright.toolkit.masked import (
+    Replace,
+    replaced,
+    require_finite_loss,
+    require_finite_scores,
+    straight_through,
+)
 from maskwright.toolkit.patterns import refuse_budget
 from maskwright.toolkit.prunable import Weight, finish, prunable_weights
 from maskwright.toolkit.schedules import cosine
@@ -205,6 +211,7 @@ class MaskTuning:
                     numbers["general_loss"] = require_finite_loss(self, general, step)
                 numbers["agreement"] = self.set_gradients(masks, loss, general, task.generator)
                 optimizer.step()
+                require_finite_scores(self, masks, step)
                 removed = sum(int((~layer.keep).sum()) for layer in layers)
                 numbers["removed"] = removed / sum(one.numel() for one in masks)
                 task.log(step, **numbers)

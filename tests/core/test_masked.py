@@ -8,7 +8,13 @@ from torch import nn
 
 from maskwright.errors import NumericalError
 from maskwright.protocols import Step
-from maskwright.toolkit.masked import replaced, require_finite_loss, running_statistics, straight_through
+from maskwright.toolkit.masked import (
+    replaced,
+    require_finite_loss,
+    require_finite_scores,
+    running_statistics,
+    straight_through,
+)
 from maskwright.toolkit.patterns import keep_largest, kth_largest
 from maskwright.toolkit.prunable import prunable_weights
 
@@ -76,6 +82,16 @@ def test_a_loss_that_is_no_number_names_its_step():
     assert require_finite_loss(Some(), torch.tensor(1.5), Step(0, 3)) == 1.5
     with pytest.raises(NumericalError, match="some: the loss is inf at step 2 of 3"):
         require_finite_loss(Some(), torch.tensor(float("inf")), Step(1, 3))
+
+
+def test_scores_that_a_gradient_has_destroyed_name_the_step():
+    class Some:
+        name = "some"
+
+    require_finite_scores(Some(), [torch.ones(3), torch.zeros(2)], Step(0, 3))
+    for bad in (float("inf"), float("nan")):
+        with pytest.raises(NumericalError, match="some: a gradient is NaN or infinite at step 3 of 3"):
+            require_finite_scores(Some(), [torch.ones(3), torch.tensor([0.0, bad])], Step(2, 3))
 
 
 def test_the_kth_largest_is_the_least_that_is_kept():

@@ -371,6 +371,19 @@ def test_a_failed_search_leaves_the_model_as_it_was():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_gradient_that_is_no_number_stops_the_training():
+    """The square root of a loss that is 0 has an infinite gradient, though the loss is a number."""
+    model, batches = problem()
+    state = copy.deepcopy(model.state_dict())
+
+    def steep(model, batch):
+        return (0 * model(batch["x"]).sum()).abs().sqrt()
+
+    with pytest.raises(NumericalError, match="a gradient is NaN or infinite at step 1 of 5"):
+        pruned(model, batches, LotteryJackpot(steps=5), loss=steep)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_only_sparsities_batches_and_losses_are_taken():
     model, batches = problem()
     with pytest.raises(

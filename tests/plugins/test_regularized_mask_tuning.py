@@ -366,6 +366,19 @@ def test_learning_rates_fall_by_the_epoch(monkeypatch):
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
 
 
+def test_a_gradient_that_is_no_number_stops_the_training():
+    """The square root of a loss that is 0 has an infinite gradient, though the loss is a number."""
+    model, batches = problem()
+    state = copy.deepcopy(model.state_dict())
+
+    def steep(model, batch):
+        return (0 * model(batch["x"]).sum()).abs().sqrt()
+
+    with pytest.raises(NumericalError, match="a gradient is NaN or infinite at step 1 of 5"):
+        tuned(model, batches, MaskTuning(steps=5), loss=steep)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_mistakes_are_named():
     model, batches = problem()
     with pytest.raises(

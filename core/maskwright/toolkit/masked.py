@@ -10,7 +10,7 @@ with replaced(model, weights) as replace:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -60,6 +60,16 @@ def require_finite_loss(pruner: Pruner, loss: Tensor, step: Step) -> float:
             "loss on this data before pruning."
         )
     return number
+
+
+def require_finite_scores(pruner: Pruner, scores: Iterable[Tensor], step: Step) -> None:
+    """Raise `NumericalError` when scores are not finite after a step of the optimizer: a gradient was too large for its dtype."""
+    # A sum is not finite when a term is not.
+    if not all(bool(one.detach().sum().isfinite()) for one in scores):
+        raise NumericalError(
+            f"{pruner.name}: a gradient is NaN or infinite at step {step.index + 1} of {step.total}; prune the model in float32 or "
+            "bfloat16, or take a smaller learning rate."
+        )
 
 
 def running_statistics(model: nn.Module) -> nn.ModuleList:
