@@ -418,8 +418,9 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 
 
 def vit():
+    """With large weights, so that what it says changes with its masks."""
     return transformers.ViTForImageClassification(
-        transformers.ViTConfig(**SIZES, image_size=16, patch_size=4, num_labels=10)
+        transformers.ViTConfig(**SIZES, image_size=16, patch_size=4, num_labels=10, initializer_range=0.4)
     )
 
 
@@ -580,13 +581,15 @@ def test_tuning_that_was_stopped_comes_to_the_same_masks(tmp_path, monkeypatch):
         "data.source": "digits",
         "pruner.name": "mask-tuning",
     }
-    settings = resolve("prune", None, {**changes, **SMALL, "run.save_every": 2})
+    settings = resolve(
+        "prune", None, {**changes, **SMALL, "run.save_every": 2, "pruner.steps": 14, "pruner.lr": 1e-3}
+    )
     whole = execute(settings, folder=tmp_path / "whole", quiet=True)
     logged = Run.log
 
     def stopping(run, step: Step, **metrics):
         logged(run, step, **metrics)
-        if step.index == 3:
+        if step.index == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -597,3 +600,6 @@ def test_tuning_that_was_stopped_comes_to_the_same_masks(tmp_path, monkeypatch):
     assert resumed.summary["quality"] == whole.summary["quality"]
     one, other = (load_masks(tmp_path / name / "masks.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(one[name].keep, other[name].keep) for name in one)
+    told = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
+    assert told[0] == told[1]
+    assert told[0].count("\n") == 14
