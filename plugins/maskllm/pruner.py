@@ -5,7 +5,6 @@ Candidates come first in every tensor (G and p are [|S|, blocks]), so that the s
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import attrs
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 
 import maskwright
 from maskwright import Pruner, PruneResult, PruneTask, setting
-from maskwright.errors import BadData, BadParameter, NumericalError
-from maskwright.toolkit.masked import replaced
+from maskwright.errors import BadData, BadParameter
+from maskwright.toolkit.masked import replaced, require_finite_loss
 from maskwright.toolkit.patterns import candidates, check_budget
 from maskwright.toolkit.prunable import Weight, finish, prunable_weights
+from maskwright.toolkit.schedules import cosine
 
 INITIAL_DEVIATION = 0.01
 """Standard deviation of the logits at the start."""
@@ -62,11 +62,6 @@ def with_prior(logits: Tensor, prior: Tensor, patterns: Tensor, strength: float)
 def linear(start: float, end: float, fraction: float) -> float:
     """A schedule's value when `fraction` of the steps is behind."""
     return start + (end - start) * fraction
-
-
-def cosine(start: float, end: float, fraction: float) -> float:
-    """The learning rate when `fraction` of the steps is behind."""
-    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
 
 
 def _check_prior(instance: object, attribute: attrs.Attribute, value: Any) -> None:
@@ -190,17 +185,12 @@ class MaskLlm:
                     nn.utils.clip_grad_norm_(logits, self.clip)
                 optimizer.step()
                 numbers = {
-                    "loss": float(loss.detach()),
+                    "loss": require_finite_loss(self, loss, step),
                     "kept_squares": float(kept_squares.detach()),
                     "certainty": certainty,
                     "temperature": temperature,
                     "scale": scale,
                 }
-                if not math.isfinite(numbers["loss"]):
-                    raise NumericalError(
-                        f"maskllm: the loss is {numbers['loss']} at step {step.index + 1} of {step.total}; look at the model's "
-                        "loss on this data before pruning."
-                    )
                 task.log(step, **numbers)
                 history.append({"step": float(step.index + 1), **numbers})
         return history

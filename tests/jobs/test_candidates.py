@@ -15,6 +15,7 @@ from test_prune import LENGTH, llama, text  # noqa: F401 - fixtures
 from maskwright.cli import cli
 from maskwright.errors import UsageError
 from maskwright.jobs.candidates import Comparison, Outcome, Plan, _collected, compare, render
+from maskwright.registry import Registry
 
 FAILING = """
 import attrs
@@ -188,8 +189,15 @@ def test_only_a_comparison_is_resumed(tmp_path):
     (tmp_path / "comparison.toml").write_text(plan.toml())
     assert Plan.read(tmp_path) == plan
     assert plan.runs == [("a", 0), ("a", 1)]
-    assert plan.overrides("a", 1) == {
+
+    registry = Registry(third_party=False, built_in=False)
+    for name, budgets in (("a", frozenset({"sparsity"})), ("finds-out", frozenset())):
+        words = {"kind": "pruner", "name": name, "modalities": frozenset({"text"}), "needs": frozenset()}
+        methods = {"budgets": budgets, "changes_weights": False, "prune": lambda self, model, task: None}
+        registry.register(type("Made", (), {**words, **methods}))
+    assert plan.overrides("a", 1, registry) == {
         "budget": {"sparsity": 0.5},
         "run": {"seed": 1},
         "pruner": {"name": "a", "steps": 3},
     }
+    assert "budget" not in plan.overrides("finds-out", 1, registry)

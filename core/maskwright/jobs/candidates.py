@@ -46,9 +46,11 @@ class Plan:
         """(pruner, seed), all pruners with the first seed first: half of the work already compares them all."""
         return [(pruner, seed) for seed in self.seeds for pruner in self.pruners]
 
-    def overrides(self, pruner: str, seed: int) -> dict[str, Any]:
-        """The settings of one run."""
+    def overrides(self, pruner: str, seed: int, registry: Registry) -> dict[str, Any]:
+        """The settings of one run; without the budget for a pruner that finds out itself how much it removes."""
         tables = nested(self.shared)
+        if not registry.info(pruner, "pruner").budgets:
+            tables.pop("budget", None)
         run = {**tables.get("run", {}), "seed": seed}
         return {**tables, "run": run, "pruner": {"name": pruner, **self.parameters.get(pruner, {})}}
 
@@ -181,11 +183,16 @@ def compare(
             f"{', '.join(map(str, plan.seeds)) or 'none'}."
         )
     for pruner in plan.pruners:
-        check(resolve("prune", None, plan.overrides(pruner, plan.seeds[0]), registry=registry), registry)
+        check(
+            resolve("prune", None, plan.overrides(pruner, plan.seeds[0], registry), registry=registry),
+            registry,
+        )
     _open(plan, folder, resume)
     plan_of_runs = _with_model(plan, folder, say)
     settings = {
-        (pruner, seed): resolve("prune", None, plan_of_runs.overrides(pruner, seed), registry=registry)
+        (pruner, seed): resolve(
+            "prune", None, plan_of_runs.overrides(pruner, seed, registry), registry=registry
+        )
         for pruner, seed in plan.runs
     }
     exportable = _exportable(settings[plan.runs[0]])

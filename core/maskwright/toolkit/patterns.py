@@ -131,7 +131,7 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     rows, columns = scores.shape
     if not 0 < count < columns:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
-    least = _kth_largest(scores, count)
+    least = kth_largest(scores, count)
     keep = scores >= least
     surplus = keep.sum(1) - count
     for_ties = surplus.nonzero()[:, 0]
@@ -143,8 +143,9 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     return keep
 
 
-def _kth_largest(scores: Tensor, count: int) -> Tensor:
-    """[R, 1]: the smallest of each row's `count` largest scores."""
+@torch.no_grad()
+def kth_largest(scores: Tensor, count: int) -> Tensor:
+    """[R, 1]: the smallest of each row's `count` largest scores [R, N], for 0 < count <= N."""
     at = scores.shape[1] - count
     if scores.device.type != "cpu":
         return scores.kthvalue(at + 1, dim=1, keepdim=True).values

@@ -1,4 +1,4 @@
-"""Schedules of masking: which share of the tokens is hidden at time t in [0, 1], and when a share is reached."""
+"""Schedules: which share of the tokens is hidden at time t in [0, 1] and when a share is reached, and how rates fall."""
 
 from __future__ import annotations
 
@@ -50,3 +50,8 @@ def groups(counts: Tensor, steps: int | None) -> Tensor:
     mine = counts.clamp(max=max(calls, 1))[:, None]
     edge = torch.arange(calls + 1, device=counts.device).expand(len(counts), -1).minimum(mine)
     return (edge * counts[:, None] // mine.clamp(min=1)).diff(dim=1)
+
+
+def cosine(start: float, end: float, fraction: float) -> float:
+    """A learning rate that falls along half a cosine, when `fraction` of the training is behind."""
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
