@@ -50,9 +50,14 @@ def exponential_flow(beta: float, t: float) -> float:
     return math.exp(-beta * t)
 
 
+def factor(keep: Tensor, flow: float, dtype: torch.dtype) -> Tensor:
+    """Φ + (1 - Φ)·D, exactly 1 where Φ is: the larger of Φ and D (several times faster than `torch.where`)."""
+    return keep.to(dtype).clamp_(min=flow)
+
+
 def effective(weight: Tensor, keep: Tensor, flow: float) -> Tensor:
     """W̃ = W ⊙ (Φ + (1 - Φ)·D)."""
-    return torch.where(keep, weight, weight * flow)
+    return weight * factor(keep, flow, weight.dtype)
 
 
 def gradient(
@@ -64,9 +69,9 @@ def gradient(
     + λ·(1 - Φ) ⊙ W, where `strength` is λ.
     """
     if rule == "masked":
-        return torch.where(keep, upstream, upstream * flow)
+        return upstream * factor(keep, flow, upstream.dtype)
     if rule == "sr-ste":
-        return torch.where(keep, upstream, upstream + strength * weight)
+        return torch.addcmul(upstream, weight, ~keep, value=strength)
     return upstream
 
 
