@@ -7,6 +7,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
@@ -539,7 +540,18 @@ def first_feature(model, batch):
 
 TOKENS = {"tokens": torch.randint(0, 40, (4, 16), generator=seeded())}
 PIXELS = {"pixels": torch.randn(2, 3, 32, 32, generator=seeded(1))}
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+        )
+    )
+
+
 MODELS = {
+    "gpt2": (gpt2, TOKENS),
     "llama": (lambda: causal_language_model(vocabulary=40, length=16, width=16, depth=2, heads=2), TOKENS),
     "bert": (
         lambda: masked_language_model(vocabulary=40, length=16, mask_token=3, width=16, depth=1, heads=2),
