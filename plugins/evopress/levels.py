@@ -147,7 +147,8 @@ def _version(weight: Weight, count: int, pruner: Pruner, alone: Alone, generator
     matrix, keep = _pruned(count, pruner, alone, generator)
     if missing := count - int((~keep).sum()):
         # A pruner that compares within rows rounds down in each: the rest is what it would remove next, smallest first.
-        next_ones = keep & ~_pruned(min(count + len(keep), total - 1), pruner, alone, generator)[1]
+        more = count + len(keep)
+        next_ones = keep & ~_pruned(more, pruner, alone, generator)[1] if more < total else keep
         if not 0 < missing <= int(next_ones.sum()):
             raise BadParameter(
                 f"evopress: the pruner {pruner.name!r} was asked to remove {count} of the {total} weights of {weight.name} and "
