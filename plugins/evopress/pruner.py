@@ -61,6 +61,10 @@ class EvoPress:
         **{"drop": "blocks", "initially_generated": 4, "level": "wanda"},
     }
 
+    small_parameters: ClassVar[dict[str, Any]] = {
+        **{"generations": 30, "offspring": 16, "survivors": [4, 1], "tokens": [512, 4096]},
+    }
+
     level: Pruner = component("pruner", "sparsegpt", "what makes a layer's levels of sparsity")
     generations: int | None = setting(
         None, "generations; 400 for a sparsity, k(n-k)/1.5 for k of n layers dropped", ge=1, optional=True
