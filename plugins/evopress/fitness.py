@@ -12,7 +12,7 @@ from maskwright import Batch, PruneTask
 from maskwright.errors import BadData, BadModel
 from maskwright.plugins.evopress.levels import Unit
 from maskwright.plugins.evopress.search import minibatch
-from maskwright.toolkit.calibration import run
+from maskwright.toolkit.calibration import evaluating, run
 from maskwright.toolkit.masked import Replace
 
 
@@ -31,6 +31,24 @@ def logits_of(output: object) -> Tensor | None:
     """A model's logits: its output, or what that calls so."""
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     return found if isinstance(found, Tensor) else None
+
+
+def measure_of(model: nn.Module, task: PruneTask, asked: str) -> str:
+    """ "kl" or "loss": what is asked for, and for "auto" the divergence where the model puts out logits, or else the task's loss.
+
+    Raises `BadModel` and `BadData` for what cannot be had.
+    """
+    with torch.no_grad(), evaluating(model):
+        has_logits = logits_of(run(model, {name: column[:1] for name, column in task.batches[0].items()}))
+    if asked == "auto":
+        asked = "kl" if has_logits is not None or task.loss is None else "loss"
+    if asked == "kl" and has_logits is None:
+        raise BadModel(
+            f"evopress compares logits, and this {type(model).__name__} puts out none; set fitness='loss' and give the task a loss."
+        )
+    if asked == "loss" and task.loss is None:
+        raise BadData("evopress with fitness='loss' needs a loss; give the task one, or set fitness='kl'.")
+    return asked
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -88,8 +106,7 @@ class Part:
 class Fitness:
     """Evaluates vectors of levels [n, L]: each is switched in by reference, on one fresh minibatch for all of them.
 
-    `measure` is "kl", "loss", or "auto": the divergence where the model puts out logits, or else the task's loss. `replace` is
-    that of `maskwright.toolkit.masked`. Raises `BadModel` and `BadData` for a measure that cannot be had.
+    `measure` is "kl" or "loss" (see `measure_of`), `replace` that of `maskwright.toolkit.masked`.
     """
 
     model: nn.Module
@@ -113,18 +130,6 @@ class Fitness:
             {name: self.model.get_parameter(name).detach() for name in unit.at(unit.lowest)}
             for unit in self.units
         ]
-        probe = logits_of(run(self.model, self.pools[0].take(torch.arange(1), self.pools[0].length)))
-        if self.measure == "auto":
-            self.measure = "kl" if probe is not None or self.task.loss is None else "loss"
-        if self.measure == "kl" and probe is None:
-            raise BadModel(
-                f"evopress compares logits, and this {type(self.model).__name__} puts out none; set fitness='loss' and give the "
-                "task a loss."
-            )
-        if self.measure == "loss" and self.task.loss is None:
-            raise BadData(
-                "evopress with fitness='loss' needs a loss; give the task one, or set fitness='kl'."
-            )
         if self.measure == "kl":
             self.logits = [
                 torch.cat([self._forward(pool.take(rows, pool.length)) for rows in self._chunks(len(pool))])

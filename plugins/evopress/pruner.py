@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskwright import Pruner, PruneResult, PruneTask, component, setting
 from maskwright.errors import BadData, BadParameter
-from maskwright.plugins.evopress.fitness import Fitness, Parent
+from maskwright.plugins.evopress.fitness import Fitness, Parent, measure_of
 from maskwright.plugins.evopress.levels import (
     Unit,
     default_difference,
@@ -57,8 +57,8 @@ class EvoPress:
     budgets: ClassVar[frozenset[str]] = frozenset({"sparsity", "layers"})
     changes_weights: ClassVar[bool] = True
     example_parameters: ClassVar[dict[str, Any]] = {
-        **{"generations": 2, "offspring": 4, "survivors": (2, 1), "tokens": (8, 24), "num_levels": 2},
-        **{"drop": "blocks", "initially_generated": 4, "level": "wanda"},
+        **{"generations": 2, "offspring": 4, "survivors": (2, 1), "tokens": (8, 24), "num_levels": 1},
+        **{"drop": "blocks", "initially_generated": 2, "level": {"name": "wanda", "compare": "layer"}},
     }
 
     small_parameters: ClassVar[dict[str, Any]] = {
@@ -135,6 +135,7 @@ class EvoPress:
         budget = check_budget(self, weights, task.budget)
         if not task.batches:
             raise BadData("evopress measures candidates on batches; give the task at least one.")
+        measure = measure_of(model, task, self.fitness)
         device = task.generator.device
         if budget.layers is not None:
             units, kinds, dropped = dropped_units(model, weights, budget.layers, whole=self.drop == "blocks")
@@ -147,7 +148,7 @@ class EvoPress:
             dropped = 0
             generations, count, stages = self._plan(SPARSITY, SPARSITY["generations"])
         with torch.no_grad(), replaced(model, weights) as replace:
-            fitness = Fitness(model, task, units, replace, self.fitness)
+            fitness = Fitness(model, task, units, replace, measure)
             start = torch.zeros_like(space.lowest)
             if dropped:
                 states = random_states(space.groups, dropped, self.initially_generated, task.generator)

@@ -22,9 +22,9 @@ import maskwright
 from maskwright import Budget, PruneTask
 from maskwright.backbones.defaults import causal_language_model, masked_language_model, vision_transformer
 from maskwright.errors import BadBudget, BadData, BadModel, BadParameter, NumericalError
-from maskwright.jobs import execute, pretrain
+from maskwright.jobs import execute
 from maskwright.jobs.settings import resolve
-from maskwright.plugins.evopress.fitness import Fitness, divergence, pools_of, predictions
+from maskwright.plugins.evopress.fitness import Fitness, divergence, measure_of, pools_of, predictions
 from maskwright.plugins.evopress.levels import (
     default_difference,
     level_range,
@@ -44,6 +44,7 @@ from maskwright.plugins.evopress.search import (
     selected,
     switched,
 )
+from maskwright.sources.text import load_text
 from maskwright.testing import conformance
 from maskwright.toolkit.masked import replaced
 from maskwright.toolkit.prunable import prunable_weights
@@ -288,7 +289,7 @@ def test_fitness_is_the_token_mean_over_the_minibatch(bidirectional):
     # The pools put sequences of one form together.
     rows = rows[:3] + rows[5:] + rows[3:5]
     with replaced(model, weights) as replace:
-        fitness = Fitness(model, task, units, replace, "auto")
+        fitness = Fitness(model, task, units, replace, measure_of(model, task, "auto"))
         assert fitness.lengths.tolist() == [16, 16, 16, 16, 10, 10]
         state = task.generator.get_state()
         found = fitness(candidates, 37)
@@ -650,32 +651,58 @@ def test_levels_may_be_kept_near_the_uniform_ones():
     assert levels.abs().sum() in (2, 4)
 
 
+def square(model, batch):
+    """A loss of this batch that depends on the weights."""
+    return model(input_ids=batch["tokens"])[0].float().square().mean()
+
+
+@torch.no_grad()
+def test_a_loss_counts_by_tokens():
+    model, batches = llama().eval(), [tokens(3), tokens(2, length=10, seed=1)]
+    weights, task = prunable_weights(model), PruneTask(Budget(sparsity=0.5), batches, square, seeded(3))
+    units, space = EvoPress(level="magnitude", num_levels=1).sparse(
+        model, weights, task, 0.5, torch.device("cpu")
+    )
+    index, taken = minibatch(torch.tensor([16] * 3 + [10] * 2), 37, seeded(3))
+    rows = [row for batch in batches for row in batch["tokens"]]
+    with replaced(model, weights) as replace:
+        (found,) = Fitness(model, task, units, replace, "loss")(torch.zeros_like(space.lowest)[None], 37)
+        # The model still has the levels that were measured.
+        each = [
+            float(square(model, {"tokens": rows[number][None, :length]})) * length
+            for number, length in zip(index.tolist(), taken.tolist())
+        ]
+    assert taken.sum() == 37
+    assert found.item() == pytest.approx(sum(each) / 37, rel=1e-5)
+
+
 def test_a_loss_is_minimised_where_it_is_asked_for_or_there_are_no_logits():
-    calls = []
-
-    def loss(model, batch):
-        calls.append(len(next(iter(batch.values()))))
-        output = model(input_ids=batch["tokens"])
-        return output[0].float().square().mean()
-
-    result = pruned(llama(), [tokens()], loss=loss, fitness="loss", level="magnitude")
-    assert calls
-    assert result.facts["fitness"] > 0
-    # Half as many tokens of a sequence are a sequence of half the length.
-    calls.clear()
-    pruned(llama(), [tokens()], loss=loss, level="magnitude")
-    assert not calls
     config = transformers.LlamaConfig(
         **{"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
         **{"num_attention_heads": 2, "num_key_value_heads": 2},
     )
-    encoder = transformers.LlamaModel(config)
-    pruned(encoder, [tokens()], loss=loss, level="magnitude")
-    assert calls
-    with pytest.raises(BadModel, match="compares logits, and this LlamaModel puts out none"):
-        pruned(transformers.LlamaModel(config), [tokens()], level="magnitude")
+    causal, encoder = llama(), transformers.LlamaModel(config)
+    with_loss = PruneTask(Budget(sparsity=0.5), [tokens()], square)
+    without = PruneTask(Budget(sparsity=0.5), [tokens()])
+    assert measure_of(causal, with_loss, "auto") == measure_of(causal, without, "auto") == "kl"
+    assert measure_of(encoder, with_loss, "auto") == measure_of(causal, with_loss, "loss") == "loss"
+    for asked in ("auto", "kl"):
+        with pytest.raises(BadModel, match="compares logits, and this LlamaModel puts out none"):
+            measure_of(encoder, without, asked)
     with pytest.raises(BadData, match="needs a loss"):
-        pruned(llama(), [tokens()], level="magnitude", fitness="loss")
+        measure_of(causal, without, "loss")
+    result = pruned(encoder, [tokens()], loss=square, level="magnitude")
+    with torch.no_grad():
+        assert result.facts["fitness"] == pytest.approx(float(square(encoder.eval(), tokens())), rel=1e-4)
+
+
+def test_a_weight_of_two_layers_is_one_layer_of_the_search():
+    model = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(3)])
+    model[2].weight = model[0].weight
+    result = pruned(model, [{"x": torch.randn(20, 8)}], Budget(sparsity=0.5), level="wanda")
+    assert set(result.artifacts["levels"]) == {"0.weight", "1.weight"}
+    assert model[2].weight is model[0].weight
+    assert int((model[0].weight == 0).sum() + (model[1].weight == 0).sum()) == 64
 
 
 # -- layers ----------------------------------------------------------------------------------------------------------
@@ -780,7 +807,7 @@ def test_any_model(name, dtype):
     def change(model, batch):
         return model(pixel_values=batch["pixels"]).last_hidden_state.float().square().mean()
 
-    few = {"level": "wanda", "generations": 1, "num_levels": 1}
+    few = {"level": {"name": "wanda", "compare": "layer"}, "generations": 1, "num_levels": 1}
     result = pruned(model, [batch], loss=change if name == "vit" else None, **few)
     weights = prunable_weights(model)
     total = sum(weight.parameter.numel() for weight in weights)
@@ -903,21 +930,26 @@ def test_a_pruner_that_misses_its_levels_is_refused_and_the_model_is_as_it_was()
 
 SCRIPT = """
 import json, sys
-from maskwright.jobs import execute, pretrain
+from maskwright.jobs import execute
 from maskwright.jobs.settings import resolve
-pretrain.EMBEDDED_STEPS = 6
 execute(resolve("prune", None, json.loads(sys.argv[1])), folder=sys.argv[2], quiet=True)
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_levels(tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_levels(tmp_path):
     draw = random.Random(0)
     words = ["mask", "layer", "level", "weight", "of", "the", "sparse", "dense", "token", "search"]
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(draw.choice(words) for _ in range(12)) for _ in range(400)), "utf-8")
+    source = load_text(text, length=16, vocabulary=300)
+    model = causal_language_model(vocabulary=source.vocabulary, length=16, width=16, depth=1, heads=2)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data *= 1 + number % 4
+    model.save_pretrained(tmp_path / "model")
+    source.save_pretrained(tmp_path / "model")
     given = {
         **{"data.source": str(text), "data.length": 16, "run.calibration": 12, "run.batch_size": 4},
-        **{"model.width": 16, "model.depth": 1, "model.heads": 2, "data.vocabulary": 300},
+        **{"model.source": str(tmp_path / "model")},
         **{
             "pruner.name": "evopress",
             "pruner.level": "wanda",
@@ -942,7 +974,6 @@ def test_a_killed_run_goes_on_to_the_same_levels(tmp_path, monkeypatch):
     process.communicate()
     assert not (killed / "summary.json").exists()
 
-    monkeypatch.setattr(pretrain, "EMBEDDED_STEPS", 6)
     settings = resolve("prune", None, given)
     resumed = execute(settings, folder=killed, resume=True, quiet=True)
     straight = execute(settings, folder=whole, quiet=True)
