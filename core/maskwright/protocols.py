@@ -325,7 +325,7 @@ class Pruner(Protocol):
     `needs` names what the task must bring: "batches", "loss", or a key of its extras. `budgets` are the budget kinds it
     meets, none for a method that finds out itself how much it removes; `changes_weights` says whether weights inside the mask may
     move. `prunes = "difference"` is said by a method whose masks are of the model's *change*: outside them weights are as they were
-    given, not zero.
+    given, not zero; `prunes = "channels"` by one that makes the model smaller: masks are of the shapes it had, and say what is left.
     """
 
     kind: ClassVar[str]
