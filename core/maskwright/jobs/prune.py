@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from maskwright.backbones.defaults import causal_language_model
@@ -22,6 +23,7 @@ from maskwright.protocols import Batch, Budget, Expert, Pruner, PruneTask, Step
 from maskwright.toolkit.patterns import check_budget, refuse_budget
 from maskwright.toolkit.prunable import Rule, Weight, prunable_weights
 from maskwright.toolkit.sizes import dense_bytes, packed_bytes
+from maskwright.toolkit.structured import flop_count, parameter_count
 
 GIVEN = frozenset({"batches", "loss", "experts", "clients"})
 """What this job's task brings, of what a pruner may need."""
@@ -74,8 +76,9 @@ def prune(run: Run) -> Result:
     weights = prunable_weights(network, rule)
     _check_budget(pruner, weights, budget)
     if settings.require("output").export != "none":
-        check_exportable(settings.require("output").export, weights)
+        _check_export(settings.require("output").export, pruner, weights)
     run.say(_described(network, weights))
+    dense = Dense.of(network, work, pruner)
     before = work.quality(network, run)
     task = RunTask(
         budget=budget,
@@ -117,7 +120,7 @@ def prune(run: Run) -> Result:
         files=_beside(folder) if folder is not None else None,
         masks=result.masks,
         artifacts=result.artifacts,
-        counted=lambda written: counted(written, work, weights, result.masks, settings, base),
+        counted=lambda written: counted(written, work, weights, result.masks, settings, base, dense),
     )
 
 
@@ -226,6 +229,41 @@ def _beside(folder: Path) -> dict[str, str]:
     }
 
 
+@attrs.frozen(eq=False)
+class Dense:
+    """What the model was before: its bytes, and where it may become smaller its parameters and its FLOPs on a sample."""
+
+    bytes: int
+    params: int = 0
+    flops: int = 0
+    batch: Batch | None = None
+
+    @classmethod
+    def of(cls, network: nn.Module, work: Workload, pruner: Pruner) -> Dense:
+        """Counted now."""
+        if getattr(pruner, "prunes", "weights") != "channels":
+            return cls(dense_bytes(network))
+        batch = work.batch(torch.arange(1))
+        return cls(dense_bytes(network), parameter_count(network), flop_count(network, batch), batch)
+
+    def left(self, saved: nn.Module) -> dict[str, float]:
+        """The shares of parameters and FLOPs that a smaller model has."""
+        assert self.batch is not None
+        return {
+            "params": parameter_count(saved) / self.params,
+            "flops": flop_count(saved, self.batch) / self.flops,
+        }
+
+
+def _check_export(kind: str, pruner: Pruner, weights: list[Weight]) -> None:
+    if getattr(pruner, "prunes", "weights") == "channels":
+        raise UsageError(
+            f"output.export={kind!r} is for models with zeros, and {pruner.name} makes the model itself smaller; leave it out, and use "
+            "model/."
+        )
+    check_exportable(kind, weights)
+
+
 # -- after -----------------------------------------------------------------------------------------------------------
 
 
@@ -236,8 +274,9 @@ def counted(
     masks: Mapping[str, Mask],
     settings: Settings,
     base: Mapping[str, Tensor],
+    dense: Dense,
 ) -> dict[str, Any]:
-    """Sparsity and sizes of what lies in a run's folder, read from there; of the change against `base` where that is given.
+    """Sparsity, sizes and what is left of `dense` in a run's folder, read from there; of the change against `base` where that is given.
 
     Raises `OutputError` when the saved weights are not those that the saved masks keep.
     """
@@ -245,27 +284,31 @@ def counted(
     kept = load_masks(folder / "masks.safetensors")
     layers: list[dict[str, Any]] = []
     for weight in weights:
-        values = saved.get_parameter(weight.name).detach()
+        values, keep = saved.get_parameter(weight.name).detach(), kept[weight.name].keep
         if weight.name in base:
             values = values - base[weight.name].to(values)
-        if bool(values[~kept[weight.name].keep].any()):
+        smaller = values.shape != keep.shape
+        if values.numel() != int(keep.sum()) if smaller else bool(values[~keep].any()):
             raise OutputError(
                 f"{folder / 'model'} does not hold the pruned model: {weight.name} has weights outside its mask."
             )
-        layers.append(
-            {"name": weight.name, "kept": int(values.count_nonzero()), "total": int(values.numel())}
-        )
+        left = values.numel() if smaller else int(values.count_nonzero())
+        layers.append({"name": weight.name, "kept": left, "total": keep.numel()})
     removed = 1 - sum(layer["kept"] for layer in layers) / sum(layer["total"] for layer in layers)
+    shapes = {name: one.shape for name, one in work.network.named_parameters()}
     sizes = {
-        "dense": dense_bytes(work.network),
-        "bit-packed": packed_bytes(work.network, masks),
+        "dense": dense.bytes,
+        "bit-packed": packed_bytes(
+            work.network, {name: mask for name, mask in masks.items() if shapes.get(name) == mask.shape}
+        ),
         "model folder": _bytes(folder / "model"),
         "masks file": (folder / "masks.safetensors").stat().st_size,
     }
     wanted = settings.require("output").export
     if wanted != "none":
         sizes[wanted] = _bytes(export(folder, wanted, work.network, kept, removed))
-    return {"sparsity": removed, "layers": layers, "sizes": sizes}
+    told = {"sparsity": removed, "layers": layers, "sizes": sizes}
+    return {**told, "left": dense.left(saved)} if dense.batch else told
 
 
 def _bytes(folder: Path) -> int:

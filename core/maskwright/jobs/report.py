@@ -379,6 +379,10 @@ def _prune(run: Run) -> dict[str, Any]:
     numbers = _quality(run)
     if _is_number(removed):
         numbers.append(Number("weights removed", share(removed, 2), f"asked: {asked}" if asked else ""))
+    left = run.summary.get("left")
+    for key, name in (("params", "parameters left"), ("flops", "FLOPs left")):
+        if isinstance(left, Mapping) and _is_number(left.get(key)):
+            numbers.append(Number(name, share(left[key], 2), "counted from model/"))
     numbers += _time(run)
     sizes = _sizes(run.summary.get("sizes"))
     charts = [_layer_chart(run, layers), *_training_charts(run)]

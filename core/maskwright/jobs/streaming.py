@@ -155,6 +155,10 @@ def _check(run: Run, pruner: Pruner, folder: Path) -> None:
             f"model.stream has one block in memory, and {pruner.name} needs {', '.join(sorted(lacking))} of the whole model; leave "
             "model.stream out, or use a pruner that needs batches only, such as magnitude, wanda or sparsegpt."
         )
+    if getattr(pruner, "prunes", "weights") == "channels":
+        raise UsageError(
+            f"model.stream writes blocks of the size they had, and {pruner.name} makes them smaller; leave model.stream out."
+        )
     if getattr(pruner, "compare", None) == "global":
         raise UsageError(
             f"model.stream has one block in memory, and {pruner.name} with compare=global compares all weights; use compare=layer."
