@@ -20,8 +20,10 @@ from maskwright.jobs.streaming import prune_streamed
 from maskwright.jobs.workloads import Workload, of_folder, workload
 from maskwright.mask import Mask, load_masks
 from maskwright.protocols import Batch, Budget, Expert, Pruner, PruneTask, Step
+from maskwright.toolkit import remainders
 from maskwright.toolkit.patterns import check_budget, refuse_budget
 from maskwright.toolkit.prunable import Rule, Weight, prunable_weights
+from maskwright.toolkit.remainders import Remainder, fitting, uneven
 from maskwright.toolkit.sizes import dense_bytes, packed_bytes
 from maskwright.toolkit.structured import flop_count, parameter_count
 
@@ -67,17 +69,22 @@ def prune(run: Run) -> Result:
             "Python with a PruneTask that brings it as extras."
         )
     rule = rule_of(settings)
+    remainder = settings.require("prunable").remainder
+    rule = fitting(every := rule, budget, remainder)
     if settings.model.stream:
-        return prune_streamed(run, pruner, budget, rule, _beside(Path(settings.model.source)))
+        return prune_streamed(run, pruner, budget, every, _beside(Path(settings.model.source)))
     _check_default(run, pruner, budget, rule)
     work = workload(run)
     network = work.network
     network.to(run.device).eval()
+    odd = uneven(prunable_weights(network, every), budget)
     weights = prunable_weights(network, rule)
-    _check_budget(pruner, weights, budget)
+    _check_budget(pruner, weights, budget, remainder)
     if settings.require("output").export != "none":
         _check_export(settings.require("output").export, pruner, weights)
     run.say(_described(network, weights))
+    if odd:
+        run.say(remainders.told(odd, budget, remainder))
     dense = Dense.of(network, work, pruner)
     before = work.quality(network, run)
     task = RunTask(
@@ -95,7 +102,7 @@ def prune(run: Run) -> Result:
     changes = getattr(pruner, "prunes", "weights") == "difference"
     base = {weight.name: weight.parameter.detach().clone() for weight in weights} if changes else {}
     run.say(f"Pruning with {pruner.name}" + (f" to a {budget}" if budget else ""))
-    result = pruner.prune(network, task)
+    result = remainders.prune(pruner, network, task, remainder)
     for mask in result.masks.values():
         run.mask_drawn(mask)
     summary = {
@@ -111,6 +118,7 @@ def prune(run: Run) -> Result:
         "calibration_samples": sum(len(next(iter(batch.values()))) for batch in task.batches),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         **({"facts": dict(result.facts)} if result.facts else {}),
+        **({f"{remainders.DONE[remainder]} weights": [weight.name for weight in odd]} if odd else {}),
     }
     folder = None if settings.model.source == models.DEFAULT else Path(settings.model.source)
     return run.finish(
@@ -124,9 +132,11 @@ def prune(run: Run) -> Result:
     )
 
 
-def _check_budget(pruner: Pruner, weights: list[Weight], budget: Budget | None) -> None:
+def _check_budget(
+    pruner: Pruner, weights: list[Weight], budget: Budget | None, remainder: Remainder = "refuse"
+) -> None:
     if pruner.budgets:
-        check_budget(pruner, weights, budget)
+        check_budget(pruner, [] if remainder == "pad" else weights, budget)
     else:
         refuse_budget(pruner, budget)
 
@@ -137,6 +147,7 @@ def _check_budget(pruner: Pruner, weights: list[Weight], budget: Budget | None) 
 def rule_of(settings: Settings) -> Rule:
     """What [prunable] says, the rest as the rule has it."""
     given = attrs.asdict(settings.require("prunable"), filter=lambda _, value: value is not None)
+    del given["remainder"]
     return Rule(**{name: tuple(value) for name, value in given.items()})
 
 
@@ -212,7 +223,8 @@ def _check_default(run: Run, pruner: Pruner, budget: Budget | None, rule: Rule) 
             depth=section.depth or 4,
             heads=section.heads or 4,
         )
-        _check_budget(pruner, prunable_weights(shaped, rule), budget)
+        remainder = run.settings.require("prunable").remainder
+        _check_budget(pruner, prunable_weights(shaped, rule), budget, remainder)
 
 
 def _described(network: nn.Module, weights: list[Weight]) -> str:
