@@ -68,9 +68,8 @@ def prune(run: Run) -> Result:
             f"The pruner {pruner.name!r} needs {', '.join(sorted(lacking))}, which this job does not have; call it from "
             "Python with a PruneTask that brings it as extras."
         )
-    rule = rule_of(settings)
-    remainder = settings.require("prunable").remainder
-    rule = fitting(every := rule, budget, remainder)
+    every, remainder = rule_of(settings), settings.require("prunable").remainder
+    rule = fitting(every, budget, remainder)
     if settings.model.stream:
         return prune_streamed(run, pruner, budget, every, _beside(Path(settings.model.source)))
     _check_default(run, pruner, budget, rule)
@@ -212,7 +211,7 @@ def clients(run: Run, work: Workload) -> list[list[Batch]]:
     ]
 
 
-def _check_default(run: Run, pruner: Pruner, budget: Budget | None, rule: Rule) -> None:
+def _check_default(run: Run, pruner: Pruner, budget: Budget | None, rule: Any) -> None:
     """Find a budget that the embedded model cannot meet before that model is trained."""
     section = run.settings.model
     if section.source == models.DEFAULT:

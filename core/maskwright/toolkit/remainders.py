@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -24,7 +24,7 @@ from maskwright.toolkit.prunable import Rule, Weight, prunable_weights
 
 Remainder: TypeAlias = Literal["refuse", "skip", "pad"]
 
-_Choose: TypeAlias = Callable[[nn.Module], Mapping[str, nn.Parameter]]
+_Choose: TypeAlias = Callable[[nn.Module], dict[str, nn.Parameter]]
 
 
 def uneven(weights: Sequence[Weight], budget: Budget | None) -> list[Weight]:
@@ -117,9 +117,10 @@ def _padded(model: nn.Module, weights: Sequence[Weight], group: int) -> Iterator
         for hook in hooks:
             hook.remove()
         for weight, parameter in stored:
-            longer = weight.owner.weight
+            longest = weight.owner.weight
+            assert isinstance(longest, nn.Parameter)
             with torch.no_grad():
-                parameter.copy_(longer.narrow(_inputs_dim(weight), 0, weight.inputs))
+                parameter.copy_(longest.narrow(_inputs_dim(weight), 0, weight.inputs))
             for owner in weight.owners:
                 owner.weight = parameter
                 _widen(owner, -(-weight.inputs % group) * weight.groups)
