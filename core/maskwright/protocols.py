@@ -221,7 +221,7 @@ class SparsityReport:
         """Counted from the masks."""
         return cls(
             tuple(
-                LayerSparsity(name, tuple(mask.shape), int(mask.keep.sum()), mask.keep.numel())
+                LayerSparsity(name, tuple(mask.shape), int(mask.keep.count_nonzero()), mask.keep.numel())
                 for name, mask in masks.items()
             )
         )

@@ -19,6 +19,7 @@ import copy
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -31,7 +32,7 @@ from maskwright.errors import BadBudget, BadData, BadModel, UsageError
 from maskwright.mask import Mask
 from maskwright.protocols import Batch, Budget, PruneResult, PruneTask, SparsityReport
 from maskwright.toolkit.calibration import evaluating, run
-from maskwright.toolkit.prunable import prunable_weights
+from maskwright.toolkit.prunable import Rule, prunable_weights
 
 INSTALL = "pip install 'maskwright[structured]'"
 _ATTEMPTS = 8
@@ -140,7 +141,10 @@ class Axis:
 
 
 def find_axes(
-    model: nn.Module, batch: Batch, rule: Callable[[nn.Module], Mapping[str, nn.Parameter]] | None = None
+    model: nn.Module,
+    batch: Batch,
+    rule: Callable[[nn.Module], Mapping[str, nn.Parameter]] | None = None,
+    graph: Any = None,
 ) -> list[Axis]:
     """What may become smaller in a model. `model` is traced in evaluation mode, and must have its gradients enabled.
 
@@ -149,7 +153,7 @@ def find_axes(
     allowed = {weight.name for weight in prunable_weights(model, rule) if len(weight.owners) == 1}
     described = _described(model) if _has_config(model) else None
     wanted = None if described is None else {dim for axis in described for dim in axis[2]}
-    found = list(_channels(_graph(model, batch), model, allowed, wanted))
+    found = list(_channels(graph or traced(model, batch), model, allowed, wanted))
     if described is None:
         axes = [Axis(one.name, one.size, 1, (one,)) for one in found if one.size > 1]
         reason = "no channel lies between two of the weights that may be pruned"
@@ -172,7 +176,7 @@ def find_axes(
     return axes
 
 
-def _graph(model: nn.Module, batch: Batch) -> Any:
+def traced(model: nn.Module, batch: Batch) -> Any:
     """torch-pruning's dependency graph, followed back from every output."""
     tp = _torch_pruning()
 
@@ -507,17 +511,14 @@ def prune_channels(
             "The calibration set is empty: give at least one batch, on which the model's channels are followed."
         )
     batch = task.batches[0]
-    dense = {"params": parameter_count(model), "flops": flop_count(model, batch)}
-    amount = float(getattr(budget, budget.kind))
-    trial = copy.deepcopy(model).requires_grad_(True)
-    axes = find_axes(trial, batch, task.prunable)
-    costs = Costs(
-        axes,
-        {name: tuple(one.shape) for name, one in trial.named_parameters()},
-        dense["params"],
-        _flops_by_module(model, batch),
-    )
-    allowed = limit = amount * dense[budget.kind]
+    by_module = _flops_by_module(model, batch)
+    dense = {"params": parameter_count(model), "flops": sum(by_module.values())}
+    small = copy.deepcopy(model).requires_grad_(True)
+    graph = traced(small, batch)
+    axes = find_axes(small, batch, task.prunable, graph)
+    shapes = {name: tuple(one.shape) for name, one in small.named_parameters()}
+    costs = Costs(axes, shapes, dense["params"], by_module)
+    allowed = limit = float(getattr(budget, budget.kind)) * dense[budget.kind]
     for _ in range(_ATTEMPTS):
         try:
             plan = fit(axes, lambda plan: costs.of(budget.kind, plan), limit)
@@ -527,25 +528,20 @@ def prune_channels(
                 f"{error.least / dense[budget.kind]:.3f} of the {budget.kind} are left; ask for that or more."
             ) from None
         gone = _lowest(model, axes, plan, scores)
-        remove(trial, batch, axes, plan, gone)
-        after = {"params": parameter_count(trial), "flops": flop_count(trial, batch)}
+        remove(small, graph, axes, plan, gone)
+        after = {"params": parameter_count(small), "flops": flop_count(small, batch)}
         if after[budget.kind] <= allowed:
             break
         limit *= allowed / after[budget.kind] * (1 - 1e-6)
-        trial = copy.deepcopy(model).requires_grad_(True)
+        small = copy.deepcopy(model).requires_grad_(True)
+        graph = traced(small, batch)
     else:
         raise BadModel(
             f"The FLOPs of this {type(model).__name__} do not follow its channels; ask for a budget of params."
         )
     masks = _masks(model, task, axes, gone)
-    _require_same_function(model, trial, batch, masks)
-    asked = {name: one.requires_grad for name, one in model.named_parameters()}
-    try:
-        model.requires_grad_(True)
-        remove(model, batch, axes, plan, gone)
-    finally:
-        for name, one in model.named_parameters():
-            one.requires_grad_(asked[name])
+    _require_same_function(model, small, batch, masks)
+    _become(model, small)
     return PruneResult(
         model,
         masks,
@@ -579,10 +575,9 @@ def _lowest(
 
 
 def remove(
-    model: nn.Module, batch: Batch, axes: Sequence[Axis], plan: Plan, gone: Mapping[str, Tensor]
+    model: nn.Module, graph: Any, axes: Sequence[Axis], plan: Plan, gone: Mapping[str, Tensor]
 ) -> None:
-    """Take channels out of a model with torch-pruning, and say so in its config; all its gradients must be enabled."""
-    graph = _graph(model, batch)
+    """Take channels out of the model that a graph is of, with torch-pruning, and say so in the model's config."""
     for axis in axes:
         for channels in axis.channels:
             if not len(gone[channels.name]):
@@ -594,14 +589,30 @@ def remove(
             _set(model.config, axis.fields, plan[axis.name], axis.fixed)
 
 
+def _become(model: Any, small: Any) -> None:
+    """Give a model the parameters, buffers, sizes and config of a smaller copy of it; the rest of it stays as it is."""
+    for mine, other in zip(model.modules(), small.modules(), strict=True):
+        for name, parameter in other.named_parameters(recurse=False):
+            before = mine.get_parameter(name)
+            if before.shape != parameter.shape:
+                setattr(mine, name, nn.Parameter(parameter.detach(), before.requires_grad))
+        for name, buffer in other.named_buffers(recurse=False):
+            if mine.get_buffer(name).shape != buffer.shape:
+                setattr(mine, name, buffer)
+        for name, value in vars(other).items():
+            if isinstance(value, int) and not isinstance(value, bool):
+                setattr(mine, name, value)
+    if _has_config(model):
+        # Modules share one config: it is changed, not replaced.
+        vars(model.config).update(vars(small.config))
+
+
 def _masks(
     model: nn.Module, task: PruneTask, axes: Sequence[Axis], gone: Mapping[str, Tensor]
 ) -> dict[str, Mask]:
     """A mask for each weight that may be pruned and each that loses something, in the shapes of the dense model."""
-    keep = {
-        weight.name: torch.ones(weight.parameter.shape, dtype=torch.bool)
-        for weight in prunable_weights(model, task.prunable)
-    }
+    chosen = (task.prunable or Rule())(model)
+    keep = {name: torch.ones(one.shape, dtype=torch.bool) for name, one in chosen.items()}
     for axis in axes:
         for channels in axis.channels:
             for part in channels.parts:
@@ -627,12 +638,14 @@ def _require_same_function(
                 f"The config of this {type(model).__name__} does not describe the smaller model: {other} differs; ask for another budget."
             )
     rows = _rows(batch, 2)
-    masked = copy.deepcopy(model)
-    for name, mask in masks.items():
-        masked.get_parameter(name).masked_fill_(~mask.keep.to(masked.get_parameter(name).device), 0)
+    masked = {
+        name: one.detach().masked_fill(~masks[name].keep.to(one.device), 0)
+        for name, one in model.named_parameters()
+        if name in masks and not bool(masks[name].keep.all())
+    }
     answers = []
-    for one in (masked, small):
-        with evaluating(one):
+    for one, state in ((model, masked), (small, {})):
+        with evaluating(one), _holding(one, state):
             answers.append([value.float() for value in _tensors(run(one, rows)) if value.is_floating_point()])
     precision = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
     for here, there in zip(*answers, strict=True):
@@ -643,3 +656,16 @@ def _require_same_function(
                 f"Without these channels this {type(model).__name__} computes something else than with their weights at zero, "
                 "because something in it does not treat its channels one by one; prune single weights instead."
             )
+
+
+@contextmanager
+def _holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in a model's parameters for a while."""
+    before = {name: model.get_parameter(name).data for name in state}
+    try:
+        for name, value in state.items():
+            model.get_parameter(name).data = value
+        yield
+    finally:
+        for name, value in before.items():
+            model.get_parameter(name).data = value
