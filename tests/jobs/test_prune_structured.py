@@ -9,6 +9,7 @@ from test_prune_models import image_model, pruned
 
 from maskwright.errors import BadModel, UsageError
 from maskwright.jobs.apply import apply_masks
+from maskwright.jobs.candidates import Plan, compare
 from maskwright.mask import load_masks
 
 SMALLER = {"pruner.name": "channel-magnitude", "data.length": LENGTH}
@@ -88,3 +89,15 @@ def test_what_does_not_fit_a_smaller_model_is_refused(language_run, text, tmp_pa
     with pytest.raises(BadModel, match="no number in its config"):
         pruned(tmp_path / "c", other, text, **SMALLER)
     assert not (tmp_path / "c" / "model").exists()
+
+
+def test_a_comparison_asks_for_no_format_of_zeros(tmp_path):
+    folder = image_model(tmp_path / "model", "ViTForImageClassification")
+    shared = {"model.source": str(folder), "data.source": "digits", "data.size": 16, "run.calibration": 8}
+    plan = Plan(("channel-magnitude",), shared={**shared, "budget.flops": 0.8})
+    (outcome,) = compare(plan, tmp_path / "out").outcomes
+    assert not outcome.failures
+    assert outcome.summaries[0]["left"]["flops"] <= 0.8
+    sizes = outcome.summaries[0]["sizes"]
+    assert sizes["bit-packed"] < sizes["dense"]
+    assert "compressed-tensors-bitmask" not in sizes

@@ -191,6 +191,17 @@ def test_heads_go_as_a_whole():
     assert model.config.head_dim == 4
 
 
+def test_a_ratio_in_the_config_lets_single_channels_go():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 4}
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=8, patch_size=4))
+    model.encoder.layer[0].mlp.fc1.weight.data[::4] = 0
+    model.encoder.layer[0].mlp.fc2.weight.data[:, ::4] = 0
+    result = pruned(model, {"pixels": torch.randn(2, 3, 8, 8)}, Budget(params=0.95))
+    rows = result.masks["encoder.layer.0.mlp.fc1.weight"].keep.all(1)
+    assert model.config.mlp_ratio == 3
+    assert (~rows).nonzero()[:, 0].tolist() == list(range(0, 32, 4))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_small_model_is_the_dense_one_under_the_masks(name):
     model, batch = made(name)

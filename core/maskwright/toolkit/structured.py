@@ -132,8 +132,8 @@ class Axis:
     fixed: Mapping[str, int] = attrs.field(factory=dict)
 
     def unit(self, channels: Channels) -> int:
-        """Consecutive channels that stay or go together: the channels of an attention head."""
-        return max(1, channels.size // self.value)
+        """Consecutive channels that stay or go together: those of an attention head; elsewhere each is on its own."""
+        return channels.size // self.value if self.fixed else 1
 
     def kept(self, channels: Channels, value: int) -> int:
         """How many of the channels stay at a value."""
