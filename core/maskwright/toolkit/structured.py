@@ -9,7 +9,7 @@ arXiv:2301.12900), which also takes them out. Here is decided which channels may
 - The same share of every kind of channel is kept, the largest with which the budget is met.
 
 Masks are of the shapes that the model had: applied to the dense model they give the outputs of the small one, which is tested
-before anything is changed.
+before anything is changed. All is tried on a copy: meanwhile the model is in memory twice.
 """
 
 from __future__ import annotations
