@@ -129,6 +129,11 @@ class PrunableSection:
         None, "names that stay dense, beside or instead of heads", optional=True
     )
     types: tuple[str, ...] | None = setting(None, "module types: Linear, Conv1D, Conv2d", optional=True)
+    remainder: str = setting(
+        "refuse",
+        "weights whose inputs M of an N:M pattern does not divide",
+        choices=("refuse", "skip", "pad"),
+    )
 
 
 @attrs.frozen
