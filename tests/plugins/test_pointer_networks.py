@@ -433,7 +433,23 @@ def test_all_triples_of_few_points_can_be_taken():
 
     found = beam_search(eager, torch.full((1, 16), -1), width=2, rule=RULES["triangles"], renormalize=True)
     (row,) = sequences(found.values, 4)
+    assert len(row) == 12
     assert {tuple(row[at : at + 3]) for at in range(0, 12, 3)} == set(itertools.combinations(range(4), 3))
+
+
+@pytest.mark.parametrize(("length", "taken"), [(8, 6), (7, 6), (6, 6), (5, 3)])
+def test_no_triangle_is_begun_that_has_no_room(length, taken):
+    def eager(chosen):
+        scores = torch.zeros(1, chosen.shape[1], 6)
+        scores[..., 5] = -50.0
+        return scores
+
+    found = beam_search(
+        eager, torch.full((1, length), -1), width=1, rule=RULES["triangles"], renormalize=True
+    )
+    (row,) = sequences(found.values, 5)
+    assert len(row) == taken
+    assert tasks.is_set_of_triangles(row, 5)
 
 
 def test_a_rule_is_a_mask_of_what_may_come_next():
