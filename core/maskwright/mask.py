@@ -647,10 +647,13 @@ class Layout:
 
     @classmethod
     def of(cls, backbone: Any, batch: Mapping[str, Tensor]) -> Layout:
-        """The layout of a batch as a backbone sees it: its patch grid, its coarsest map, or the tokens' length."""
+        """The layout of a batch as a backbone sees it: its patch grid, its coarsest map, or how many tokens or points there are."""
         if "tokens" in batch:
             tokens = batch["tokens"]
             return cls(tokens.shape[0], tuple(tokens.shape[1:]), tokens.device)
+        if "points" in batch:
+            points = batch["points"]
+            return cls(points.shape[0], tuple(points.shape[1:-1]), points.device)
         pixels = batch.get("pixels", next(iter(batch.values())))
         if hasattr(backbone, "strides"):
             cell = int(backbone.strides[-1])

@@ -116,7 +116,7 @@ class Objective(Protocol):
     """Decides what is learned from what is left.
 
     `backbone` names the kind of backbone it works on (a protocol of maskwright.backbones: "patch", "grid", "conv", "token",
-    "denoiser"). `needs` are batch columns; `provides` are signals that its bound form can compute. Optionally `counts`:
+    "denoiser", "pointer"). `needs` are batch columns; `provides` are signals that its bound form can compute. Optionally `counts`:
     "exact" where every row must keep the same number of positions, "any" (the default) otherwise. `disjoint_rows`, how
     many consecutive rows must keep no position twice, because it mixes them: strategies that do not promise it are refused.
     """
@@ -393,6 +393,11 @@ class Sampler(Protocol):
 
     `domain` is "discrete", "continuous", "autoregressive" or "pointer". For tokens, `denoiser(tokens)` returns logits
     [B, L, V] in which logits[:, i] predicts token i (see `maskwright.backbones.denoiser` for models that are shifted).
+
+    In the domain "pointer" values are positions of the row's own n inputs, and n is the end. `denoiser(chosen [B, K, i])` gets K
+    sequences of i positions for each row and returns scores [B, K, n + 1] of the next one, -inf for inputs that do not exist. A
+    request's prompt is what each row begins with, its `mask_token` a number that is no position, such as -1; after the end there is
+    nothing but the end.
     """
 
     kind: ClassVar[str]

@@ -71,6 +71,28 @@ class LeftToRight(Right):
         return torch.zeros(shape)
 
 
+class Points(Right):
+    """The best position of those that exist, one after the other, and nothing after the end."""
+
+    domain = "pointer"
+
+    def sample(self, denoiser, request):
+        tokens = self.copied(request.tokens)
+        hidden = tokens == request.mask_token
+        evaluations = 0
+        for place in range(tokens.shape[1]):
+            if hidden[:, place].any():
+                scores = denoiser(tokens[:, None, :place])[:, 0]
+                evaluations += 1
+                chosen = self.chosen(scores, tokens[:, :place])
+                tokens[:, place] = torch.where(hidden[:, place], chosen, tokens[:, place])
+        return Samples(tokens, evaluations, torch.where(hidden, hidden.cumsum(1) - 1, -1))
+
+    def chosen(self, scores, before):
+        end = scores.shape[-1] - 1
+        return torch.where((before == end).any(1), end, scores.argmax(-1))
+
+
 @attrs.frozen(eq=False)
 class Wave:
     x: torch.Tensor
@@ -205,6 +227,19 @@ class NeverLooks(Right):
         return super().chosen(torch.zeros_like(logits), request)
 
 
+class PointsAtNothing(Points):
+    """Where inputs are missing, at the first of them, unless something is certain."""
+
+    def chosen(self, scores, before):
+        certain = scores.amax(-1, keepdim=True) > 50
+        return super().chosen(torch.where(certain, scores, scores.masked_fill(scores.isinf(), 9.0)), before)
+
+
+class GoesOnAfterTheEnd(Points):
+    def chosen(self, scores, before):
+        return scores.argmax(-1)
+
+
 class NeedsSomethingToDo(Right):
     def samples(self, tokens, evaluations, order, request):
         1 / evaluations
@@ -233,7 +268,7 @@ class Changeable(Right):
         object.__setattr__(self, name, value)
 
 
-RIGHT = (Right, LeftToRight, Continuous)
+RIGHT = (Right, LeftToRight, Points, Continuous)
 BROKEN = [
     ("requests-are-answered", Raises),
     ("requests-are-answered", ReturnsFloats),
@@ -250,6 +285,8 @@ BROKEN = [
     ("rows-are-independent", AllTogether),
     ("rows-are-independent", OneRowForAll),
     ("what-is-certain-is-sampled", NeverLooks),
+    ("missing-inputs-are-not-pointed-at", PointsAtNothing),
+    ("missing-inputs-are-not-pointed-at", GoesOnAfterTheEnd),
     ("full-prompts-come-back", NeedsSomethingToDo),
     ("time-is-given-when-asked-for", NeverTellsTheTime),
     ("time-is-given-when-asked-for", AlwaysTellsTheTime),

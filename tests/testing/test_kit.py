@@ -376,7 +376,7 @@ def test_an_unknown_column_asks_for_an_example():
     ("kind", "attributes", "rule", "asked"),
     [
         ("objective", {"backbone": "graph"}, "binds-to-its-kind-of-backbone", "`example_backbone"),
-        ("sampler", {"domain": "pointer"}, "requests-are-answered", "`example_request`"),
+        ("sampler", {"domain": "continuous"}, "requests-are-answered", "`example_request`"),
         ("pruner", {"needs": frozenset({"clients"})}, "declared-budgets-are-accepted", "`example_extras"),
     ],
 )

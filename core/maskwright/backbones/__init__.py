@@ -128,12 +128,31 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor: ...
 
 
+@runtime_checkable
+class PointerBackbone(Protocol):
+    """An encoder of a sequence of vectors, and a decoder whose states can be compared with what it encoded.
+
+    - `encode(inputs [B, n, F], lengths int64 [B]) -> (memory [B, n, H], state)`: reads the first `lengths` inputs of each row; the
+      state is a tuple of tensors, each with a row for each of the batch. What lies behind a row's length has no influence
+    - `decode(inputs [B, T, F], state) -> [B, T, H]`: the decoder's states as it reads T inputs, from an encoder's state on
+    - `features`: F; `width`: H
+    """
+
+    features: int
+    width: int
+
+    def encode(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def decode(self, inputs: Tensor, state: tuple[Tensor, ...]) -> Tensor: ...
+
+
 KINDS: dict[str, type] = {
     "patch": PatchBackbone,
     "grid": GridBackbone,
     "conv": ConvBackbone,
     "token": TokenBackbone,
     "denoiser": Denoiser,
+    "pointer": PointerBackbone,
 }
 """The kinds of backbone by the word that an objective's `backbone` attribute uses."""
 
@@ -164,6 +183,12 @@ _SHAPES: dict[Any, dict[str, str]] = {
         "width": "width: D",
         "mask_token": "mask_token: an id or None",
     },
+    PointerBackbone: {
+        "encode": "encode(inputs [B, n, F], lengths [B]) -> (memory [B, n, H], state)",
+        "decode": "decode(inputs [B, T, F], state) -> [B, T, H]",
+        "features": "features: F",
+        "width": "width: H",
+    },
 }
 
 _SHAPES[GridBackbone] = {
@@ -177,7 +202,7 @@ _ADAPTERS: dict[type, list[Callable[[nn.Module], nn.Module | None]]] = {}
 def adapt(module: nn.Module, kind: type | str) -> Any:
     """The module as a backbone of a kind: itself when it has the methods, or an adapter around a library's model.
 
-    `kind` is a protocol of this module or its word ("patch", "grid", "conv", "token"). Raises `BackboneMismatch`, naming each
+    `kind` is a protocol of this module or its word ("patch", "grid", "conv", "token", "pointer"). Raises `BackboneMismatch`, naming each
     method that is missing with its shapes, and the library models that have adapters.
     """
     protocol = KINDS[kind] if isinstance(kind, str) else kind

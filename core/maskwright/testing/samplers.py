@@ -4,7 +4,7 @@ What a sampler class may say about its examples, all optional class attributes:
 
 - `example_parameters`: parameters with which the kit makes it
 - `example_denoiser(seed) -> callable`, `example_request(rows, seed) -> request`: static methods, for domains whose values
-  are no tokens ("continuous", "pointer"); the rules about tokens are left out for these
+  are no tokens ("continuous"); the rules about tokens are left out for these
 - `exempt`: rules that the method must break, with the reason
 """
 
@@ -61,13 +61,33 @@ class Sampling:
 
     def tokens(self, seed: int | None = None) -> Tensor:
         """int64 [rows, length]; `seed` gives other tokens at the same places."""
-        places = torch.Generator().manual_seed(self.seed)
         content = torch.Generator().manual_seed(self.seed + 1 if seed is None else seed)
         tokens = torch.randint(0, CLASSES - 1, (self.rows, self.length), generator=content)
         tokens += tokens >= self.mask_token
+        return torch.where(self._fixed(), tokens, self.mask_token)
+
+    @property
+    def missing(self) -> Tensor:
+        """bool [length + 1]: which of `length` inputs do not exist, in the domain "pointer"; the end, which is last, does."""
+        here = torch.arange(self.length + 1)
+        return (here >= self.length - self.seed % 3) & (here < self.length)
+
+    def permutation(self, seed: int | None = None) -> Tensor:
+        """int64 [rows, length]: the positions of the inputs that exist, each once, and then the end."""
+        content = torch.Generator().manual_seed(self.seed + 1 if seed is None else seed)
+        shuffled = torch.rand(self.rows, self.length, generator=content)
+        order = shuffled.masked_fill(self.missing[:-1], 2.0).argsort(1)
+        return order.masked_fill(self.missing[order], self.length)
+
+    def positions(self, seed: int | None = None) -> Tensor:
+        """As `tokens`, in the domain "pointer"."""
+        return torch.where(self._fixed(), self.permutation(seed), self.mask_token)
+
+    def _fixed(self) -> Tensor:
+        places = torch.Generator().manual_seed(self.seed)
         here = torch.arange(self.length)
         uneven = torch.randint(1, self.length, (self.rows, 1), generator=places)
-        fixed = {
+        return {
             "empty": here < 0,
             "first": here < 1,
             "prefix": here < uneven[0],
@@ -75,7 +95,6 @@ class Sampling:
             "full": here >= 0,
             "some": torch.rand(self.rows, self.length, generator=places) < 0.4,
         }[self.prompt]
-        return torch.where(fixed, tokens, self.mask_token)
 
     def request(self, tokens: Tensor | None = None, seed: int | None = None) -> SampleRequest:
         """The request, with a generator of its own."""
@@ -88,8 +107,12 @@ class Sampling:
         )
 
 
-PROMPTS = {"discrete": ("empty", "some", "first"), "autoregressive": ("first", "prefix", "uneven")}
-"""The prompts of each domain of tokens that leave something to sample."""
+PROMPTS = {
+    "discrete": ("empty", "some", "first"),
+    "autoregressive": ("first", "prefix", "uneven"),
+    "pointer": ("empty", "first", "prefix", "uneven"),
+}
+"""The prompts of each domain of tokens, or of positions, that leave something to sample."""
 
 
 def samplings(
@@ -97,14 +120,15 @@ def samplings(
 ) -> st.SearchStrategy[Sampling]:
     """Calls of a sampler with prompts of its domain (only `prompts`, where given), and at least `least` rows."""
     kinds = PROMPTS.get(component.domain, ("empty",))
+    points = component.domain == "pointer"
     return st.builds(
         Sampling,
         rows=st.integers(least, least + 2),
         length=st.integers(3, 9),
         prompt=st.sampled_from([kind for kind in kinds if kind in prompts] or prompts or kinds),
-        mask_token=st.sampled_from((CLASSES - 1, 0, CLASSES)),
+        mask_token=st.just(-1) if points else st.sampled_from((CLASSES - 1, 0, CLASSES)),
         steps=st.sampled_from((None, 3, 1, 9, 20)),
-        timed=st.booleans(),
+        timed=st.just(False) if points else st.booleans(),
         seed=seeds,
     )
 
@@ -133,6 +157,32 @@ class Table:
         if self.example.mask_token < CLASSES:
             logits[..., self.example.mask_token] = _LIKES_MASKS
         return logits
+
+
+class Pointers:
+    """A denoiser of the domain "pointer": scores [B, K, length + 1] from a random table of each row, by what was chosen.
+
+    Inputs that are missing have -inf. With `target` [B, length] it is certain of those positions instead.
+    """
+
+    def __init__(self, example: Sampling, *, target: Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(example.seed + 2)
+        ids = example.length + 1
+        self.last = torch.randn(example.rows, ids + 1, ids, generator=generator)
+        self.before = torch.randn(example.rows, ids, ids, generator=generator)
+        self.example, self.target = example, target
+
+    def __call__(self, chosen: Tensor) -> Tensor:
+        rows, candidates, length = chosen.shape
+        ids = self.example.length + 1
+        if self.target is not None:
+            scores = _CERTAIN * torch.nn.functional.one_hot(self.target[:, length], ids).float()
+            scores = scores[:, None].repeat(1, candidates, 1)
+        else:
+            row = torch.arange(rows)[:, None]
+            last = chosen[..., -1] if length else torch.full((rows, candidates), ids)
+            scores = 2 * torch.tanh(self.before[row[..., None], chosen].sum(2)) + self.last[row, last]
+        return scores.masked_fill(self.example.missing, -torch.inf)
 
 
 class Watched:
@@ -171,6 +221,9 @@ def sampled(component: Any, example: Sampling, request: Any = None, target: Tens
     if hasattr(component, "example_request"):
         request = component.example_request(example.rows, example.seed) if request is None else request
         denoiser = component.example_denoiser(example.seed)
+    elif component.domain == "pointer":
+        request = example.request(example.positions()) if request is None else request
+        denoiser = Pointers(example, target=target)
     else:
         request = example.request() if request is None else request
         denoiser = Table(example, causal=component.domain == "autoregressive", target=target)
@@ -203,6 +256,19 @@ def _readable(component: Any, example: Sampling, **other: Any) -> Outcome:
 
 def _of_tokens(component: Any) -> bool:
     return component.domain in PROMPTS and not hasattr(component, "example_request")
+
+
+def _points(component: Any) -> bool:
+    return _of_tokens(component) and component.domain == "pointer"
+
+
+def _prompts(component: Any, example: Sampling, seed: int | None = None) -> Tensor:
+    """The tokens of a request, or the positions."""
+    return example.positions(seed) if _points(component) else example.tokens(seed)
+
+
+def _classes(component: Any, example: Sampling) -> int:
+    return example.length + 1 if _points(component) else CLASSES
 
 
 def _tried(component: Any) -> bool:
@@ -272,7 +338,7 @@ def check_request_is_left_alone(component: Any, example: Sampling) -> None:
     request = (
         component.example_request(example.rows, example.seed)
         if hasattr(component, "example_request")
-        else example.request()
+        else example.request(_prompts(component, example))
     )
     tensors = {name: value for name, value in _fields(request).items() if isinstance(value, Tensor)}
     before = copy.deepcopy(tensors)
@@ -315,8 +381,9 @@ def check_values_are_in_the_vocabulary(component: Any, example: Sampling) -> Non
     outcome = _readable(component, example)
     values = outcome.samples.values
     # The mask token and the prompt are what other rules are about.
-    outside = ((values < 0) | (values >= CLASSES)) & ~outcome.prompt.keep & (values != example.mask_token)
-    require(not outside.any(), f"tokens are 0 to {CLASSES - 1}, got {_spelled(values)}.", outcome.prompt)
+    classes = _classes(component, example)
+    outside = ((values < 0) | (values >= classes)) & ~outcome.prompt.keep & (values != example.mask_token)
+    require(not outside.any(), f"tokens are 0 to {classes - 1}, got {_spelled(values)}.", outcome.prompt)
 
 
 @rule(KIND, cases=samplings, applies=_of_tokens)
@@ -357,7 +424,12 @@ def _first_seen(outcome: Outcome) -> Tensor:
     seen = torch.full(request.tokens.shape, calls)
     for call in reversed(range(calls)):
         given = outcome.denoiser.given[call]
-        if not isinstance(given, Tensor) or given.shape[0] != len(seen) or given.shape[1] > seen.shape[1]:
+        if (
+            not isinstance(given, Tensor)
+            or given.ndim != 2
+            or given.shape[0] != len(seen)
+            or given.shape[1] > seen.shape[1]
+        ):
             continue
         filled = torch.zeros_like(seen, dtype=torch.bool)
         filled[:, : given.shape[1]] = given != request.mask_token
@@ -377,7 +449,7 @@ def check_rows_are_independent(component: Any, example: Sampling) -> None:
     unwanted(not torch.equal(before.samples.values, again.samples.values))
     tokens = before.request.tokens
     row = example.seed % example.rows
-    mixed = example.tokens(example.seed + 1000)
+    mixed = _prompts(component, example, example.seed + 1000)
     mixed[row] = tokens[row]
     after = _readable(component, example, request=example.request(mixed))
     one, two = before.samples.values[row], after.samples.values[row]
@@ -407,19 +479,42 @@ def _repeats(component: Any, example: Sampling, values: Tensor, times: int = 12)
 @rule(KIND, cases=samplings, applies=_of_tokens)
 def check_what_is_certain_is_sampled(component: Any, example: Sampling) -> None:
     """Where the denoiser is certain of a token, that token is sampled."""
-    target = torch.randint(
-        0, CLASSES - 1, (example.rows, example.length), generator=torch.Generator().manual_seed(example.seed)
-    )
-    target += target >= example.mask_token
+    target = _certainty(component, example)
     outcome = _readable(component, example, target=target)
     values, hidden = outcome.samples.values, ~outcome.prompt.keep
     # Mask tokens, and values that are no tokens, are what other rules are about.
-    real = (values >= 0) & (values < CLASSES) & (values != example.mask_token)
+    real = (values >= 0) & (values < _classes(component, example)) & (values != example.mask_token)
     wrong = hidden & real & (values != target)
     require(
         not wrong.any(),
         f"certain were {_spelled(target)}, sampled were {_spelled(values)}.",
         outcome.prompt,
+    )
+
+
+def _certainty(component: Any, example: Sampling) -> Tensor:
+    """What the denoiser is certain of: any tokens; of positions, what the prompt begins with."""
+    if _points(component):
+        return example.permutation()
+    generator = torch.Generator().manual_seed(example.seed)
+    target = torch.randint(0, CLASSES - 1, (example.rows, example.length), generator=generator)
+    return target + (target >= example.mask_token)
+
+
+@rule(KIND, cases=samplings, applies=_points)
+def check_missing_inputs_are_not_pointed_at(component: Any, example: Sampling) -> None:
+    """An input whose score is -inf is never chosen, and after the end there is nothing but the end."""
+    outcome = _readable(component, example)
+    values, mine = outcome.samples.values, ~outcome.prompt.keep
+    # Values that are no positions are what another rule is about.
+    real = mine & (values >= 0) & (values <= example.length)
+    wrong = real & example.missing[values.clamp(0, example.length)]
+    missing = example.missing.nonzero().flatten().tolist()
+    require(not wrong.any(), f"the inputs {missing} do not exist, got {_spelled(values)}.", outcome.prompt)
+    ended = (values == example.length).cumsum(1) > 0
+    late = ended & real & (values != example.length)
+    require(
+        not late.any(), f"after the end, {example.length}, came more: {_spelled(values)}.", outcome.prompt
     )
 
 
@@ -444,7 +539,7 @@ def _answers(component: Any, example: Sampling) -> bool:
         return False
 
 
-@rule(KIND, cases=samplings, applies=_of_tokens)
+@rule(KIND, cases=samplings, applies=lambda component: _of_tokens(component) and not _points(component))
 def check_time_is_given_when_asked_for(component: Any, example: Sampling) -> None:
     """A time-conditioned denoiser is given `time` [B] in [0, 1], never rising; any other is given none."""
     times = ready(component, example).denoiser.times
@@ -484,6 +579,7 @@ RULES: tuple[Rule, ...] = (
     check_order_is_true,
     check_rows_are_independent,
     check_what_is_certain_is_sampled,
+    check_missing_inputs_are_not_pointed_at,
     check_full_prompts_come_back,
     check_time_is_given_when_asked_for,
     check_component_is_frozen,
