@@ -260,6 +260,12 @@ def test_the_output_comes_back_from_its_truncation():
     assert (ssm.truncated(C, system.transition(), 32) - longer).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("length", [1, 8, 31])
+def test_a_new_layer_is_the_same_system_whatever_its_length(length):
+    one, other = layer(length=length), layer(length=100)
+    assert (one.kernel(20) - other.kernel(20)).abs().max() < 1e-10
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), log_dt=st.floats(-7, 5), by=st.floats(0, 2))
 def test_every_system_is_stable(seed, log_dt, by):
@@ -446,12 +452,17 @@ def test_hidden_tokens_are_places_without_input():
     model = language_model().double()
     tokens, keep = tokens_of(1, 12), torch.ones(1, 12, dtype=torch.bool)
     keep[:, 4:7] = False
+    inputs = []
+    for block in model.blocks:
+        block.norm.bias.data += 1
+        block.layer.register_forward_pre_hook(lambda layer, given: inputs.append(given[0]))
+    other = torch.where(keep, tokens, (tokens + 1) % VOCABULARY)
     with torch.no_grad():
-        u = model.blocks[0].inward(model.embed(tokens) * keep[..., None], keep)
-        assert (u[:, 4:7] == 0).all()
-        other = torch.where(keep, tokens, (tokens + 1) % VOCABULARY)
-        assert torch.equal(model.logits(tokens, keep=keep), model.logits(other, keep=keep))
-        assert not torch.equal(model.logits(tokens, keep=keep), model.logits(tokens))
+        shown = model.logits(tokens, keep=keep)
+        assert all((u[:, 4:7] == 0).all() and (u[keep] != 0).any() for u in inputs)
+        assert len(inputs) == 2
+        assert torch.equal(shown, model.logits(other, keep=keep))
+        assert not torch.equal(shown, model.logits(tokens))
 
 
 def test_padding_after_a_text_changes_nothing():
