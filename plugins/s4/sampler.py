@@ -72,7 +72,7 @@ class S4Recurrent:
                 with torch.no_grad():
                     logits, state = denoiser.step(tokens[:, place], state)  # type: ignore[attr-defined]
                 calls += 1
-        return Samples(tokens, calls or asked.calls, order, {"recurrent_steps": calls})
+        return Samples(tokens, calls or asked.calls, order, {"recurrent_steps": max(calls - 1, 0)})
 
     def _choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         if not self.temperature:

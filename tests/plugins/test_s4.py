@@ -566,6 +566,7 @@ def test_steps_and_full_calls_give_the_same_samples(lengths, temperature):
     assert counted["recurrent"].calls == {"full": 0, "prefill": 1, "step": wanted - 1}
     assert counted["full"].calls == {"full": wanted, "prefill": 0, "step": 0}
     assert made["recurrent"].evaluations == made["full"].evaluations == wanted
+    assert made["recurrent"].facts["recurrent_steps"] == wanted - 1
     assert torch.equal(made["full"].values[tokens < VOCABULARY], tokens[tokens < VOCABULARY])
 
 
