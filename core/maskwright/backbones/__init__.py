@@ -107,6 +107,8 @@ class TokenBackbone(Protocol):
       raw outputs, at the places where the model makes them; `attention=None` is the model's own rule
     - `shift`: 1 when logits[:, i] predicts token i + 1 (causal models), 0 when it predicts token i
     - `vocabulary`: V; `width`: D; `mask_token`: the id that stands for a hidden token, or None
+    - optionally, for causal models that carry a state: `prefill(ids [B, P]) -> (logits [B, V] of the next token, state)` and
+      `step(ids [B], state) -> (logits [B, V], state)`
     """
 
     shift: int

@@ -381,7 +381,8 @@ def denoiser(backbone: TokenBackbone) -> Callable[..., Tensor]:
     """A token backbone as a sampler's denoiser: logits[:, i] is its prediction of token i.
 
     A causal model's outputs are moved one place to the right; nothing predicts its first token, so a sampler must be given
-    a prompt of at least one token (the logits there are zero).
+    a prompt of at least one token (the logits there are zero). A backbone's `prefill` and `step`, where it has them, are
+    attributes of what is returned.
     """
 
     def predict(tokens: Tensor) -> Tensor:
@@ -391,4 +392,7 @@ def denoiser(backbone: TokenBackbone) -> Callable[..., Tensor]:
         first = torch.zeros_like(logits[:, : backbone.shift])
         return torch.cat([first, logits[:, : -backbone.shift]], dim=1)
 
+    for name in ("prefill", "step"):
+        if hasattr(backbone, name):
+            setattr(predict, name, getattr(backbone, name))
     return predict
