@@ -201,13 +201,18 @@ class Packing:
 
     def align_right(self, packed: Tensor) -> Tensor:
         """[R, H, L, D] → [N, H, longest, D]: each sequence at the end of its own row, zeros before it (keys and values)."""
-        longest = int(self.lengths.max())
-        flat = packed.transpose(1, 2).flatten(0, 1)
-        zero = flat.new_zeros(1, *flat.shape[1:])
-        back = torch.arange(longest, device=self.lengths.device) - longest + self.lengths[:, None]
-        at = torch.where(back >= 0, (self.row * self.shape[1] + self.start)[:, None] + back, len(flat))
-        rows = torch.cat([flat, zero]).index_select(0, at.flatten())
-        return rows.unflatten(0, at.shape).transpose(1, 2)
+        _, heads, width, _ = packed.shape
+        longest, number = int(self.lengths.max()), torch.arange(len(self.row), device=self.row.device)
+        if self.shape == (len(number), longest) and bool(
+            (self.lengths == longest).all() & (self.row == number).all()
+        ):
+            return packed
+        head = torch.arange(heads, device=number.device)[:, None]
+        back = torch.arange(longest, device=number.device) - longest + self.lengths[:, None]
+        place = (self.start[:, None] + back).clamp(min=0)
+        at = (self.row[:, None, None] * heads + head) * width + place[:, None]
+        aligned = packed.flatten(0, 2).index_select(0, at.flatten()).unflatten(0, at.shape)
+        return aligned.masked_fill_((back < 0)[:, None, :, None], 0.0)
 
 
 def pack(
