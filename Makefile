@@ -17,7 +17,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "maskwright needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,export]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[test,export,structured]' --constraint constraints.txt
 	touch $@
 
 demo: $(VENV)/ready

@@ -226,7 +226,7 @@ class SparsityReport:
         """Counted from the masks."""
         return cls(
             tuple(
-                LayerSparsity(name, tuple(mask.shape), int(mask.keep.sum()), mask.keep.numel())
+                LayerSparsity(name, tuple(mask.shape), int(mask.keep.count_nonzero()), mask.keep.numel())
                 for name, mask in masks.items()
             )
         )
@@ -330,7 +330,7 @@ class Pruner(Protocol):
     `needs` names what the task must bring: "batches", "loss", or a key of its extras. `budgets` are the budget kinds it
     meets, none for a method that finds out itself how much it removes; `changes_weights` says whether weights inside the mask may
     move. `prunes = "difference"` is said by a method whose masks are of the model's *change*: outside them weights are as they were
-    given, not zero.
+    given, not zero; `prunes = "channels"` by one that makes the model smaller: masks are of the shapes it had, and say what is left.
     """
 
     kind: ClassVar[str]

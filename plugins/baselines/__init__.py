@@ -7,12 +7,13 @@ from maskwright import hookimpl
 
 @hookimpl
 def maskwright_components():
-    from maskwright.plugins.baselines import autoregressive, language, masks, objective, pruner
+    from maskwright.plugins.baselines import autoregressive, channels, language, masks, objective, pruner
 
     return (
         *masks.COMPONENTS,
         *objective.COMPONENTS,
         *language.COMPONENTS,
         *pruner.COMPONENTS,
+        *channels.COMPONENTS,
         *autoregressive.COMPONENTS,
     )

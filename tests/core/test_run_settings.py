@@ -319,3 +319,30 @@ def test_a_section_that_a_job_has_is_required(registry):
     with pytest.raises(AssertionError, match="pruner"):
         settings.require("pruner")
     assert isinstance(settings, Settings)
+
+
+def test_a_pruner_may_say_what_it_is_content_with_beside_the_embedded_model():
+    own = Registry(third_party=False)
+
+    @own.register
+    @attrs.frozen
+    class Thorough:
+        """Takes its time."""
+
+        kind = "pruner"
+        name = "thorough"
+        modalities = frozenset({"text"})
+        budgets = frozenset({"sparsity"})
+        small_parameters = {"rounds": 3}
+
+        rounds: int = setting(1000, "rounds", ge=1)
+
+        def prune(self, model, task):
+            raise AssertionError
+
+    def rounds(**given):
+        return resolve("prune", None, {"pruner.name": "thorough", **given}, registry=own).pruner.params
+
+    assert rounds() == {"rounds": 3}
+    assert rounds(**{"pruner.rounds": 7}) == {"rounds": 7}
+    assert rounds(**{"model.source": "./llama"}) == {}

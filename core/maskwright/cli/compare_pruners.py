@@ -30,6 +30,8 @@ from maskwright.errors import UsageError
 )
 @click.option("--sparsity", type=float, metavar="X", help="Share removed, in [0, 1).")
 @click.option("--pattern", metavar="N:M", help="N of every M consecutive weights are kept.")
+@click.option("--params", type=float, metavar="X", help="Share of the parameters kept.")
+@click.option("--flops", type=float, metavar="X", help="Share of the FLOPs kept.")
 @click.option("--seeds", default=None, metavar="N,…", help="One run of each pruner with each of these [0].")
 @click.option("--data", metavar="FOLDER", type=click.Path(), help="What to calibrate and measure on.")
 @click.option(
@@ -48,6 +50,8 @@ def compare_pruners(
     pruners: str | None,
     sparsity: float | None,
     pattern: str | None,
+    params: float | None,
+    flops: float | None,
     seeds: str | None,
     data: str | None,
     out: Path | None,
@@ -64,7 +68,7 @@ def compare_pruners(
     from maskwright.jobs import candidates
     from maskwright.jobs.run import numbered
 
-    given = (model, pruners, sparsity, pattern, seeds, data, out)
+    given = (model, pruners, sparsity, pattern, params, flops, seeds, data, out)
     if resume is not None:
         if any(one is not None for one in given) or pairs:
             raise UsageError("--resume goes on with its own settings: leave everything else out.")
@@ -78,6 +82,8 @@ def compare_pruners(
             "data.source": data,
             "budget.sparsity": sparsity,
             "budget.pattern": pattern,
+            "budget.params": params,
+            "budget.flops": flops,
         }
         shared, parameters = _sorted_out({**_given(short), **settings_of(pairs)}, names)
         plan = candidates.Plan(names, _seeds(seeds or "0"), shared, parameters)

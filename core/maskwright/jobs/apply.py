@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from maskwright.backbones.folders import read_config
-from maskwright.errors import BadData, OutputError
+from maskwright.errors import BadData, OutputError, reason
 from maskwright.mask import load_masks, masks_of
 from maskwright.protocols import SparsityReport
 
@@ -18,7 +18,7 @@ def apply_masks(model: Path, masks: Path, target: Path) -> SparsityReport:
     Only one shard is in memory at a time. Raises `BadModel` for a folder without safetensors, `BadData` for masks of tensors that
     the model does not have or of other shapes, and `OutputError` for a target that is not empty or cannot be written.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     read_config(model)
@@ -60,10 +60,8 @@ def apply_masks(model: Path, masks: Path, target: Path) -> SparsityReport:
         if target.exists():
             target.rmdir()
         temporary.rename(target)
-    except OSError as error:
-        raise OutputError(
-            f"{target} cannot be written ({error.strerror or error}); {model} is untouched."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{target} cannot be written ({reason(error)}); {model} is untouched.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return SparsityReport.of(found)

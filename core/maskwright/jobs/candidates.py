@@ -202,7 +202,8 @@ def compare(
             if _summary(place) is not None:
                 continue
             say(f"{number} of {len(plan.runs)}: {pruner}, seed {seed}")
-            _run(settings[pruner, seed], place, exportable, arguments)
+            zeros = getattr(registry.component_class("pruner", pruner), "prunes", "weights") != "channels"
+            _run(settings[pruner, seed], place, exportable and zeros, arguments)
     except KeyboardInterrupt:
         _write(_collected(plan, folder))
         raise Interrupted(f"Stopped; go on with: maskwright compare-pruners --resume {folder}") from None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright.errors import OutputError, UsageError
+from maskwright.jobs.checkpoint import reason
 from maskwright.mask import Mask, write_whole
 from maskwright.toolkit.prunable import Weight
 
@@ -38,6 +39,8 @@ def export(run: Path, kind: str, network: nn.Module, masks: Mapping[str, Mask], 
     library reads, and with it transformers and vLLM. "compressed-tensors-bitmask" stores kept values beside one bit for each
     weight of linear layers, which is smaller; versions up to 0.14 decompress it.
     """
+    from safetensors import SafetensorError
+
     target = run / kind
     temporary = run / f".{kind}.{os.getpid()}.tmp"
     try:
@@ -46,9 +49,9 @@ def export(run: Path, kind: str, network: nn.Module, masks: Mapping[str, Mask], 
         _fill(run / "model", temporary, kind, network, masks, sparsity)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"{target} cannot be written ({error.strerror or error}); the model in {run / 'model'} is whole."
+            f"{target} cannot be written ({reason(error)}); the model in {run / 'model'} is whole."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from maskwright.backbones.defaults import causal_language_model
@@ -22,9 +23,12 @@ from maskwright.jobs.workloads import Workload, of_folder, workload
 from maskwright.mask import Mask, load_masks
 from maskwright.protocols import Batch, Budget, Expert, Pruner, PruneTask, Step
 from maskwright.sources.images import ImageSource
+from maskwright.toolkit import remainders
 from maskwright.toolkit.patterns import check_budget, refuse_budget
 from maskwright.toolkit.prunable import Rule, Weight, prunable_weights
+from maskwright.toolkit.remainders import Remainder, fitting, uneven
 from maskwright.toolkit.sizes import dense_bytes, packed_bytes
+from maskwright.toolkit.structured import flop_count, parameter_count
 
 GIVEN = frozenset({"batches", "loss", "experts", "clients"})
 """What this job's task brings, of what a pruner may need."""
@@ -67,24 +71,24 @@ def prune(run: Run) -> Result:
             f"The pruner {pruner.name!r} needs {', '.join(sorted(lacking))}, which this job does not have; call it from "
             "Python with a PruneTask that brings it as extras."
         )
-    rule = rule_of(settings)
+    every, remainder = rule_of(settings), settings.require("prunable").remainder
+    rule = fitting(every, budget, remainder)
     if settings.model.stream:
-        return prune_streamed(run, pruner, budget, rule, _beside(Path(settings.model.source)))
+        return prune_streamed(run, pruner, budget, every, _beside(Path(settings.model.source)))
     _check_default(run, pruner, budget, rule)
     work = workload(run)
     network = work.network
     network.to(run.device).eval()
+    odd = uneven(prunable_weights(network, every), budget)
     weights = prunable_weights(network, rule)
-    _check_budget(pruner, weights, budget)
+    _check_budget(pruner, weights, budget, remainder)
     changes = getattr(pruner, "prunes", "weights") == "difference"
     if settings.require("output").export != "none":
-        if changes:
-            raise UsageError(
-                f"{pruner.name} leaves weights as they are and masks their change, so that there is no sparse model to export; leave "
-                "output.export out."
-            )
-        check_exportable(settings.require("output").export, weights)
+        _check_export(settings.require("output").export, pruner, weights)
     run.say(_described(network, weights))
+    if odd:
+        run.say(remainders.told(odd, budget, remainder))
+    dense = Dense.of(network, work, pruner)
     before = work.quality(network, run)
     task = RunTask(
         budget=budget,
@@ -100,7 +104,7 @@ def prune(run: Run) -> Result:
     # Where masks are of the change, what was saved is compared with what was given.
     base = {weight.name: weight.parameter.detach().clone() for weight in weights} if changes else {}
     run.say(f"Pruning with {pruner.name}" + (f" to a {budget}" if budget else ""))
-    result = pruner.prune(network, task)
+    result = remainders.prune(pruner, network, task, remainder)
     for mask in result.masks.values():
         run.mask_drawn(mask)
     summary = {
@@ -118,6 +122,7 @@ def prune(run: Run) -> Result:
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         **({"facts": dict(result.facts)} if result.facts else {}),
         **(as_summary(work.source.damage) if isinstance(work.source, ImageSource) else {}),
+        **({f"{remainders.DONE[remainder]} weights": [weight.name for weight in odd]} if odd else {}),
     }
     folder = None if settings.model.source == models.DEFAULT else Path(settings.model.source)
     return run.finish(
@@ -128,13 +133,15 @@ def prune(run: Run) -> Result:
         masks=result.masks,
         masks_of="difference" if changes else "weights",
         artifacts=result.artifacts,
-        counted=lambda written: counted(written, work, weights, result.masks, settings, base),
+        counted=lambda written: counted(written, work, weights, result.masks, settings, base, dense),
     )
 
 
-def _check_budget(pruner: Pruner, weights: list[Weight], budget: Budget | None) -> None:
+def _check_budget(
+    pruner: Pruner, weights: list[Weight], budget: Budget | None, remainder: Remainder = "refuse"
+) -> None:
     if pruner.budgets:
-        check_budget(pruner, weights, budget)
+        check_budget(pruner, [] if remainder == "pad" else weights, budget)
     else:
         refuse_budget(pruner, budget)
 
@@ -145,6 +152,7 @@ def _check_budget(pruner: Pruner, weights: list[Weight], budget: Budget | None) 
 def rule_of(settings: Settings) -> Rule:
     """What [prunable] says, the rest as the rule has it."""
     given = attrs.asdict(settings.require("prunable"), filter=lambda _, value: value is not None)
+    del given["remainder"]
     return Rule(**{name: tuple(value) for name, value in given.items()})
 
 
@@ -209,7 +217,7 @@ def clients(run: Run, work: Workload) -> list[list[Batch]]:
     ]
 
 
-def _check_default(run: Run, pruner: Pruner, budget: Budget | None, rule: Rule) -> None:
+def _check_default(run: Run, pruner: Pruner, budget: Budget | None, rule: Any) -> None:
     """Find a budget that the embedded model cannot meet before that model is trained."""
     section = run.settings.model
     if section.source == models.DEFAULT:
@@ -220,7 +228,8 @@ def _check_default(run: Run, pruner: Pruner, budget: Budget | None, rule: Rule) 
             depth=section.depth or 4,
             heads=section.heads or 4,
         )
-        _check_budget(pruner, prunable_weights(shaped, rule), budget)
+        remainder = run.settings.require("prunable").remainder
+        _check_budget(pruner, prunable_weights(shaped, rule), budget, remainder)
 
 
 def _described(network: nn.Module, weights: list[Weight]) -> str:
@@ -237,6 +246,46 @@ def _beside(folder: Path) -> dict[str, str]:
     }
 
 
+@attrs.frozen(eq=False)
+class Dense:
+    """What the model was before: its bytes, and where it may become smaller its parameters and its FLOPs on a sample."""
+
+    bytes: int
+    params: int = 0
+    flops: int = 0
+    batch: Batch | None = None
+
+    @classmethod
+    def of(cls, network: nn.Module, work: Workload, pruner: Pruner) -> Dense:
+        """Counted now."""
+        if getattr(pruner, "prunes", "weights") != "channels":
+            return cls(dense_bytes(network))
+        batch = work.batch(torch.arange(1))
+        return cls(dense_bytes(network), parameter_count(network), flop_count(network, batch), batch)
+
+    def left(self, saved: nn.Module) -> dict[str, float]:
+        """The shares of parameters and FLOPs that a smaller model has."""
+        assert self.batch is not None
+        return {
+            "params": parameter_count(saved) / self.params,
+            "flops": flop_count(saved, self.batch) / self.flops,
+        }
+
+
+def _check_export(kind: str, pruner: Pruner, weights: list[Weight]) -> None:
+    if getattr(pruner, "prunes", "weights") == "channels":
+        raise UsageError(
+            f"output.export={kind!r} is for models with zeros, and {pruner.name} makes the model itself smaller; leave it out, and use "
+            "model/."
+        )
+    if getattr(pruner, "prunes", "weights") == "difference":
+        raise UsageError(
+            f"output.export={kind!r} is for models with zeros, and {pruner.name} leaves weights as they are and masks their change; leave "
+            "it out."
+        )
+    check_exportable(kind, weights)
+
+
 # -- after -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,8 +296,9 @@ def counted(
     masks: Mapping[str, Mask],
     settings: Settings,
     base: Mapping[str, Tensor],
+    dense: Dense,
 ) -> dict[str, Any]:
-    """Sparsity and sizes of what lies in a run's folder, read from there; of the change against `base` where that is given.
+    """Sparsity, sizes and what is left of `dense` in a run's folder, read from there; of the change against `base` where that is given.
 
     Raises `OutputError` when the saved weights are not those that the saved masks keep.
     """
@@ -260,20 +310,27 @@ def counted(
         if weight.name in base:
             values = values - base[weight.name].to(values)
         # A pruner may leave out weights that it was allowed to prune: these are dense, whatever zeros they had.
-        if weight.name in kept and bool(values[~kept[weight.name].keep].any()):
+        keep = kept[weight.name].keep if weight.name in kept else torch.ones_like(values, dtype=torch.bool)
+        smaller = values.shape != keep.shape
+        if values.numel() != int(keep.sum()) if smaller else bool(values[~keep].any()):
             raise OutputError(
                 f"{folder / 'model'} does not hold the pruned model: {weight.name} has weights outside its mask."
             )
-        layers.append(
-            {"name": weight.name, "kept": int(values.count_nonzero()), "total": int(values.numel())}
-        )
+        left = values.numel() if smaller else int(values.count_nonzero())
+        layers.append({"name": weight.name, "kept": left, "total": keep.numel()})
     removed = 1 - sum(layer["kept"] for layer in layers) / sum(layer["total"] for layer in layers)
+    shapes = {name: one.shape for name, one in work.network.named_parameters()}
     sizes = {
-        "dense": dense_bytes(work.network),
+        "dense": dense.bytes,
         **(
             {"change, bit-packed": _packed_change(weights, masks)}
             if base
-            else {"bit-packed": packed_bytes(work.network, masks)}
+            else {
+                "bit-packed": packed_bytes(
+                    work.network,
+                    {name: mask for name, mask in masks.items() if shapes.get(name) == mask.shape},
+                )
+            }
         ),
         "model folder": _bytes(folder / "model"),
         "masks file": (folder / "masks.safetensors").stat().st_size,
@@ -281,7 +338,8 @@ def counted(
     wanted = settings.require("output").export
     if wanted != "none":
         sizes[wanted] = _bytes(export(folder, wanted, work.network, kept, removed))
-    return {"sparsity": removed, "layers": layers, "sizes": sizes}
+    told = {"sparsity": removed, "layers": layers, "sizes": sizes}
+    return {**told, "left": dense.left(saved)} if dense.batch else told
 
 
 def _packed_change(weights: list[Weight], masks: Mapping[str, Mask]) -> int:

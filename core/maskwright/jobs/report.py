@@ -495,6 +495,10 @@ def _prune(run: Run) -> dict[str, Any]:
     if is_number(removed):
         label = "weights unchanged" if run.summary.get("prunes") == "difference" else "weights removed"
         numbers.append(Number(label, share(removed, 2), f"asked: {asked}" if asked else ""))
+    left = run.summary.get("left")
+    for key, name in (("params", "parameters left"), ("flops", "FLOPs left")):
+        if isinstance(left, Mapping) and is_number(left.get(key)):
+            numbers.append(Number(name, share(left[key], 2), "counted from model/"))
     numbers += _time(run)
     sizes = _sizes(run.summary.get("sizes"))
     charts = [_layer_chart(run, layers), *_training_charts(run)]

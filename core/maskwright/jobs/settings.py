@@ -129,6 +129,11 @@ class PrunableSection:
         None, "names that stay dense, beside or instead of heads", optional=True
     )
     types: tuple[str, ...] | None = setting(None, "module types: Linear, Conv1D, Conv2d", optional=True)
+    remainder: str = setting(
+        "refuse",
+        "weights whose inputs M of an N:M pattern does not divide",
+        choices=("refuse", "skip", "pad"),
+    )
 
 
 @attrs.frozen
@@ -330,13 +335,17 @@ def _defaults(job: str, given: dict[str, Table], registry: Registry) -> dict[str
             tables = _merge(
                 tables, {"strategy": {"name": suited} if isinstance(suited, str) else dict(suited)}
             )
+    named = str({**tables.get("pruner", {}), **given.get("pruner", {})}.get("name", ""))
     if job == "prune" and not given.get("budget"):
-        named = str({**tables["pruner"], **given.get("pruner", {})}["name"])
         met = registry.info(named, "pruner").budgets
         kind = next((kind for kind in BUDGETS if kind in met), None)
         tables = _merge(tables, {"budget": {kind: BUDGETS[kind]}} if kind else {})
     if given.get("model", {}).get("source", "default") != "default":
         return tables
+    if job == "prune":
+        # A paper's search over a model of billions of weights would take hours beside the embedded one's minute of training.
+        small = getattr(registry.component_class("pruner", named), "small_parameters", {})
+        tables = _merge(tables, {"pruner": {"name": named, **small}})
     if modality == "text":
         return _merge(tables, {"model": _DEFAULT_MODEL["text"]})
     if info.backbone == "conv":

@@ -23,14 +23,17 @@ from torch import Tensor, nn
 from maskwright.backbones.folders import read_config
 from maskwright.errors import BadBudget, BadModel, NumericalError, OutputError, UsageError
 from maskwright.jobs import models
+from maskwright.jobs.checkpoint import reason
 from maskwright.jobs.pretrain import spread_over
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.workloads import HELD_OUT, readable_text
 from maskwright.mask import Mask, load_masks, save_masks
 from maskwright.protocols import Budget, LayerSparsity, Pruner, PruneResult, PruneTask, SparsityReport
+from maskwright.toolkit import remainders
 from maskwright.toolkit.calibration import blocks_of
 from maskwright.toolkit.patterns import check_budget
 from maskwright.toolkit.prunable import Rule, Weight, prunable_weights
+from maskwright.toolkit.remainders import fitting, uneven
 
 
 def prune_streamed(
@@ -41,12 +44,18 @@ def prune_streamed(
     Raises `UsageError` for a model, pruner or export that cannot be streamed, before anything is read, and `BadModel` for shards that
     are missing or damaged.
     """
+    from safetensors import SafetensorError
+
     folder = Path(run.settings.model.source)
     _check(run, pruner, folder)
     shards = Shards(folder)
     network = _empty_model(folder)
-    weights = prunable_weights(network, rule)
-    amount = check_budget(pruner, weights, budget)
+    remainder = run.settings.require("prunable").remainder
+    odd = uneven(prunable_weights(network, rule), budget)
+    weights = prunable_weights(network, fitting(rule, budget, remainder))
+    amount = check_budget(pruner, [] if remainder == "pad" else weights, budget)
+    if odd:
+        run.say(remainders.told(odd, budget, remainder))
     blocks = _blocks(network, weights)
     source = readable_text(folder, run.settings.data, run.seed, network, read_config(folder))
     inside = {f"{path}." for path, _ in blocks}
@@ -92,7 +101,7 @@ def prune_streamed(
                 prunable=partial(_named, names=tuple(short.values())),
             )
             view.inputs = calibration.inputs(index)
-            result = _pruned(pruner, view, task, path)
+            result = _pruned(pruner, view, task, path, remainder)
             found = {name: result.masks[inner] for name, inner in short.items() if inner in result.masks}
             for mask in found.values():
                 run.mask_drawn(mask)
@@ -117,17 +126,18 @@ def prune_streamed(
                 "calibration_samples": count,
                 "parameters": shards.parameters,
                 "streamed": True,
+                **({f"{remainders.DONE[remainder]} weights": [weight.name for weight in odd]} if odd else {}),
             },
             model=written,
             files=files,
             masks=masks,
             counted=lambda place: _counted(place, report, shards),
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(
-            f"{run.folder} cannot be written ({error.strerror or error}); {folder} is untouched."
+            f"{run.folder} cannot be written ({reason(error)}); free the disk or choose another folder with --out. {folder} is untouched."
         ) from error
     finally:
         for place in (run.folder / ".streamed", run.folder / ".masks"):
@@ -138,10 +148,12 @@ def _named(view: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
     return {name: view.get_parameter(name) for name in names}
 
 
-def _pruned(pruner: Pruner, view: nn.Module, task: PruneTask, path: str) -> PruneResult:
+def _pruned(
+    pruner: Pruner, view: nn.Module, task: PruneTask, path: str, remainder: remainders.Remainder
+) -> PruneResult:
     """A block pruned; what is wrong with its weights is said with their names in the whole model."""
     try:
-        return pruner.prune(view, task)
+        return remainders.prune(pruner, view, task, remainder)
     except (BadBudget, NumericalError) as error:
         raise type(error)(str(error).replace("layers.0.", f"{path}.")) from None
 
@@ -155,6 +167,10 @@ def _check(run: Run, pruner: Pruner, folder: Path) -> None:
         raise UsageError(
             f"model.stream has one block in memory, and {pruner.name} needs {', '.join(sorted(lacking))} of the whole model; leave "
             "model.stream out, or use a pruner that needs batches only, such as magnitude, wanda or sparsegpt."
+        )
+    if getattr(pruner, "prunes", "weights") == "channels":
+        raise UsageError(
+            f"model.stream writes blocks of the size they had, and {pruner.name} makes them smaller; leave model.stream out."
         )
     if getattr(pruner, "compare", None) == "global":
         raise UsageError(

@@ -7,7 +7,8 @@ What a pruner class may say about its examples, all optional class attributes:
   for pruners of other models than the kit has; without the loss, `model(**batch)` must return one or have one as `.loss`
 - `example_extras(model, seed) -> dict`: a static method, for what its `needs` name beside "batches" and "loss"
 - `compare`: "layer", "row" or "global", the weights between which a sparsity is shared out; without it any of them will do
-- `prunes = "difference"`: the masks are of the model's change, and outside them weights are as they were given
+- `prunes = "difference"`: the masks are of the model's change, and outside them weights are as they were given; `prunes = "channels"`: the
+  model becomes smaller, and the masks have the shapes that it had
 - `budget_spent(result, budget) -> float`: for budgets that masks do not count ("flops", "bits"): what was spent, in the
   budget's own unit
 - `exempt`: rules that the method must break, with the reason
