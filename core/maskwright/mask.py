@@ -449,6 +449,21 @@ class AttentionMask(Mask):
         moved.__dict__["_device"] = torch.device(device)
         return moved
 
+    def rows(self, rows: slice) -> AttentionMask:
+        """The rule for some of the samples; the same where it holds for all of them."""
+        if self.batch == 1:
+            return self
+        first, end, step = rows.indices(self.batch)
+        rule, bounds = self.rule, self.bounds
+
+        def some_bounds(b: Any, *block: Any) -> tuple[Any, Any]:
+            assert bounds is not None
+            return bounds(first + step * b, *block)
+
+        some = self._like(lambda b, h, q, k: rule(first + step * b, h, q, k), some_bounds if bounds else None)
+        some.__dict__["batch"] = len(range(first, end, step))
+        return some
+
     def block_mask(self, block_size: int = 128) -> BlockMask:
         """flex_attention's BlockMask. Memory is four tables of one int32 a block, never one a pair of positions."""
         from torch.nn.attention.flex_attention import BlockMask

@@ -274,15 +274,24 @@ class TransformersLM(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def logits(
-        self, tokens: Tensor, attention: AttentionMask | None = None, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        attention: AttentionMask | None = None,
+        positions: Tensor | None = None,
+        *,
+        cache: Any = None,
+        last: int = 0,
     ) -> Tensor:
+        """As in TokenBackbone. A causal model's keys and values go into `cache`, an empty one of transformers; `last` logits only."""
         given: dict[str, Any] = {"input_ids" if tokens.dtype == torch.int64 else "inputs_embeds": tokens}
         if attention is not None:
             given["attention_mask"] = self._attention(attention, tokens)
         if positions is not None:
             given["position_ids"] = positions
         if self.shift:
-            given["use_cache"] = False
+            given.update(use_cache=cache is not None, past_key_values=cache)
+        if last:
+            given["logits_to_keep"] = last
         return self.model(**given).logits
 
     def _attention(self, attention: AttentionMask, tokens: Tensor) -> Any:

@@ -195,6 +195,8 @@ def example(registry: Registry, one: ComponentInfo) -> str:
             + (
                 f"torch.randint(0, 100, (4, {positions}))"
                 if signal == "tokens"
+                else f"(torch.arange({positions}) // 16).expand(4, -1)"
+                if signal == "segments"
                 else f"torch.rand(4, {positions}, 32)"
                 if signal.endswith("features")
                 else f"torch.rand(4, {positions})"
