@@ -383,3 +383,14 @@ def test_cosines_are_painted_from_orange_over_pale_to_blue():
     assert image.getpixel((30, 10)) == pictures.HIDDEN_CELL
     assert image.getpixel((10, 30)) == pictures.OPPOSITE_CELL
     assert image.getpixel((20, 20)) != image.getpixel((30, 30)), "the chosen place is framed"
+
+
+def test_teachers_of_each_seed_are_one_setting(tmp_path):
+    """A teacher that was trained with the run's own seed lies in a folder of that seed; another one is another setting."""
+    own = [
+        pretrained(tmp_path / f"own-{seed}", seed=seed, data=f"/teachers/seed-{seed}/model")
+        for seed in (0, 1)
+    ]
+    assert len(compare.compare(own).groups) == 1
+    other = pretrained(tmp_path / "other", seed=2, data="/teachers/seed-1/model")
+    assert len(compare.compare([*own, other]).groups) == 2

@@ -5,6 +5,7 @@ Runs with the same settings but for the seed are one group: mean and spread. Wha
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -227,10 +228,17 @@ def _run(folder: Path) -> Run:
 
 def _settings(run: Run) -> dict[str, Any]:
     return {
-        name: tuple(value) if isinstance(value, list) else value
+        name: tuple(value) if isinstance(value, list) else _of_any_seed(value, _seed(run))
         for name, value in leaves(run.settings)
         if name not in FREE
     }
+
+
+def _of_any_seed(value: Any, seed: int | None) -> Any:
+    """A path without the run's own seed: a teacher that was trained with each seed is one setting of all of them."""
+    if not isinstance(value, str) or seed is None:
+        return value
+    return re.sub(rf"(?<=[/\\]seed-){seed}(?=[/\\]|$)", "*", value)
 
 
 def _seed(run: Run) -> int | None:
