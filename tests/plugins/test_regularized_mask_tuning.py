@@ -600,6 +600,9 @@ def test_tuning_that_was_stopped_comes_to_the_same_masks(tmp_path, monkeypatch):
     assert resumed.summary["quality"] == whole.summary["quality"]
     one, other = (load_masks(tmp_path / name / "masks.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(one[name].keep, other[name].keep) for name in one)
-    told = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
+    told = [
+        [{**json.loads(line), "seconds": None} for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("whole", "stopped")
+    ]
     assert told[0] == told[1]
-    assert told[0].count("\n") == 14
+    assert len(told[0]) == 14
