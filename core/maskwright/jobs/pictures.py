@@ -342,6 +342,8 @@ def dots(
     width: float = 4.15,
 ) -> bytes:
     """A row for each name: a dot a run, a bar at their mean. Dashed lines are levels to be held against."""
+    from matplotlib.ticker import MaxNLocator
+
     levels = dict(references or {})
     figure, axes = _axes((width, 0.27 * len(names) + 0.75 + 0.17 * len(levels)))
     for row, numbers in enumerate(values):
@@ -359,6 +361,7 @@ def dots(
     axes.tick_params(axis="y", length=0)
     if percent:
         axes.xaxis.set_major_formatter(_percent())
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     for at, (name, value) in enumerate(levels.items()):
         dashes = ((0, (4, 3)), (0, (1, 2)), (0, (6, 2, 1, 2)))[at % 3]
         axes.axvline(value, color=INK, linewidth=1.1, linestyle=dashes, label=name)
