@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.backbones import encode_visible
-from maskwright.errors import BadParameter, UnequalMaskCounts
-from maskwright.toolkit.decoders import DecoderInput, initialize_linear, transformer
-from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
+from maskwright.toolkit.decoders import DecoderInput, check_heads, initialize_linear, transformer
+from maskwright.toolkit.images import fill_hidden, patch_targets
+from maskwright.toolkit.selection import drops_hidden
 
 
 def hidden_error(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
@@ -51,10 +51,7 @@ class MaskedAutoencoder:
     decoder_heads: int = setting(16, "attention heads of the decoder; they must divide its width", ge=1)
 
     def __attrs_post_init__(self) -> None:
-        if self.decoder_width % self.decoder_heads:
-            raise BadParameter(
-                f"mae: decoder_heads={self.decoder_heads} must divide decoder_width={self.decoder_width}."
-            )
+        check_heads(self)
 
     def bind(self, backbone: nn.Module) -> BoundMaskedAutoencoder:
         """A decoder on a PatchBackbone (or a model that has an adapter)."""
@@ -83,13 +80,8 @@ class BoundMaskedAutoencoder(BoundObjective):
     def encode(self, pixels: Tensor, mask: Mask) -> Tensor:
         """[B, C, H, W] → [B, P+K, D]: the encoder on prefix and visible tokens."""
         tokens = self.backbone.patches(pixels) + self.backbone.positions
-        try:
+        with drops_hidden("mae", "Or use the objective 'simmim', which takes any mask."):
             return encode_visible(self.backbone, tokens, mask)
-        except UnequalMaskCounts as error:
-            raise UnequalMaskCounts(
-                f"mae drops hidden patches, so each image must keep the same number of them. {error} "
-                "Or use the objective 'simmim', which takes any mask."
-            ) from None
 
     def decode(self, encoded: Tensor, mask: Mask) -> Tensor:
         """[B, P+K, D] → [B, N, p·p·C]."""
@@ -99,8 +91,7 @@ class BoundMaskedAutoencoder(BoundObjective):
 
     def target(self, pixels: Tensor) -> Tensor:
         """[B, N, p·p·C]: what is to be predicted."""
-        patches = patchify(pixels, self.backbone.patch_size)
-        return normalize_patches(patches) if self.settings.norm_pix else patches
+        return patch_targets(pixels, self.backbone.patch_size, normalized=self.settings.norm_pix)
 
     def forward(
         self,

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.backbones import encode_visible
-from maskwright.errors import BadParameter, MaskShapeError, UnequalMaskCounts
-from maskwright.toolkit.decoders import CrossTransformer, DecoderInput, initialize_linear
-from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
+from maskwright.errors import MaskShapeError
+from maskwright.toolkit.decoders import CrossTransformer, DecoderInput, check_heads, initialize_linear
+from maskwright.toolkit.images import fill_hidden, patch_targets
+from maskwright.toolkit.selection import drops_hidden
 
 
 def completion_loss(prediction: Tensor, target: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -67,10 +68,7 @@ class CrossViewCompletion:
     decoder_heads: int = setting(16, "attention heads of the decoder; they must divide its width", ge=1)
 
     def __attrs_post_init__(self) -> None:
-        if self.decoder_width % self.decoder_heads:
-            raise BadParameter(
-                f"croco: decoder_heads={self.decoder_heads} must divide decoder_width={self.decoder_width}."
-            )
+        check_heads(self)
 
     def bind(self, backbone: nn.Module) -> BoundCrossViewCompletion:
         """A cross-attending decoder on a PatchBackbone (or a model that has an adapter)."""
@@ -108,12 +106,8 @@ class BoundCrossViewCompletion(BoundObjective):
         if mask is None:
             encoded: Tensor = self.backbone.encode(torch.cat([prefix, tokens], dim=1))
             return encoded[:, prefix.shape[1] :]
-        try:
+        with drops_hidden("croco"):
             return encode_visible(self.backbone, tokens, mask)[:, prefix.shape[1] :]
-        except UnequalMaskCounts as error:
-            raise UnequalMaskCounts(
-                f"croco drops hidden patches, so each image must keep the same number of them. {error}"
-            ) from None
 
     def decode(self, visible: Tensor, mask: Mask, other: Tensor) -> Tensor:
         """Visible patches of the first view [B, K, D] and all of the second [B, N, D] → [B, N, p·p·C]."""
@@ -122,8 +116,7 @@ class BoundCrossViewCompletion(BoundObjective):
 
     def target(self, pixels: Tensor) -> Tensor:
         """[B, N, p·p·C]: what is to be predicted."""
-        patches = patchify(pixels, self.backbone.patch_size)
-        return normalize_patches(patches) if self.settings.norm_pix else patches
+        return patch_targets(pixels, self.backbone.patch_size, normalized=self.settings.norm_pix)
 
     def forward(
         self,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.backbones import encode_visible
-from maskwright.errors import BadParameter, UnequalMaskCounts
-from maskwright.toolkit.decoders import DecoderInput, initialize_linear, transformer
-from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
+from maskwright.toolkit.decoders import DecoderInput, check_heads, initialize_linear, transformer
+from maskwright.toolkit.images import fill_hidden, patch_targets
+from maskwright.toolkit.selection import drops_hidden
 from maskwright.toolkit.teachers import follow, teacher_of
 
 EPSILON = 1e-6
@@ -85,10 +85,7 @@ class HardPatchesMining:
     )
 
     def __attrs_post_init__(self) -> None:
-        if self.decoder_width % self.decoder_heads:
-            raise BadParameter(
-                f"hpm: decoder_heads={self.decoder_heads} must divide decoder_width={self.decoder_width}."
-            )
+        check_heads(self)
 
     def bind(self, backbone: nn.Module) -> BoundHardPatchesMining:
         """Two decoders and a teacher on a PatchBackbone (or a model that has an adapter)."""
@@ -114,12 +111,8 @@ class Network(nn.Module):
     def encode(self, pixels: Tensor, mask: Mask) -> Tensor:
         """[B, C, H, W] → [B, P+N, width]: what both decoders see, in raster order."""
         tokens = self.backbone.patches(pixels) + self.backbone.positions
-        try:
+        with drops_hidden("hpm"):
             encoded = encode_visible(self.backbone, tokens, mask)
-        except UnequalMaskCounts as error:
-            raise UnequalMaskCounts(
-                f"hpm drops hidden patches, so each image must keep the same number of them. {error}"
-            ) from None
         return self.decoder_input(encoded, mask, encoded.shape[1] - mask.visible_indices().shape[1])
 
     def pixels(self, decoder_input: Tensor) -> Tensor:
@@ -168,8 +161,7 @@ class BoundHardPatchesMining(BoundObjective):
 
     def target(self, pixels: Tensor) -> Tensor:
         """[B, N, p·p·C]: what is to be reconstructed."""
-        patches = patchify(pixels, self.backbone.patch_size)
-        return normalize_patches(patches) if self.settings.norm_pix else patches
+        return patch_targets(pixels, self.backbone.patch_size, normalized=self.settings.norm_pix)
 
     def forward(
         self,

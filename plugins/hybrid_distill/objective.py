@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, StagedMask, adapt, setting
 from maskwright.backbones import encode_visible
 from maskwright.backbones.teachers import NORMALIZATIONS, Projections, VisionTeacher, make_watchable, watch
-from maskwright.errors import BackboneMismatch, BadParameter, UnequalMaskCounts
+from maskwright.errors import BackboneMismatch, BadParameter
+from maskwright.toolkit.selection import drops_hidden
 
 RELATIONS = {"qk": ("query", "key"), "vv": ("value", "value")}
 """Which projections of an attention are compared with which."""
@@ -239,16 +240,12 @@ class BoundHybridDistill(BoundObjective):
 
     def _encode(self, pixels: Tensor, stages: list[Mask], starts: list[int]) -> tuple[Tensor, int]:
         """The student on fewer tokens at each stage: final tokens [B, P+K, D], and P."""
-        try:
+        with drops_hidden("hybrid-distill"):
             drops = [
                 Mask(after.keep.gather(1, before.visible_indices())) for before, after in pairwise(stages)
             ]
             for one in (stages[0], *drops):
                 one.visible_indices()
-        except UnequalMaskCounts as error:
-            raise UnequalMaskCounts(
-                f"hybrid-distill drops hidden patches, so each image must keep the same number of them. {error}"
-            ) from None
         length = self.backbone.prefix(1).shape[1]
 
         def between(block: int, tokens: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from maskwright import Batch, BoundObjective, Loss, Mask, Signals, adapt, setting
 from maskwright.backbones import encode_visible
 from maskwright.backbones.teachers import NORMALIZATIONS, VisionTeacher
-from maskwright.errors import BadParameter, UnequalMaskCounts
+from maskwright.errors import BadParameter
 from maskwright.toolkit.decoders import initialize_linear
+from maskwright.toolkit.selection import drops_hidden
 
 
 def whiten(features: Tensor) -> Tensor:
@@ -130,14 +131,10 @@ class BoundMaskAlign(BoundObjective):
     def encode(self, pixels: Tensor, mask: Mask) -> list[Tensor]:
         """[B, C, H, W] → S_1 … S_S, each [B, P+K, D]: the student's blocks on visible patches, before its final norm."""
         tokens = self.backbone.patches(pixels) + self.backbone.positions
-        try:
+        with drops_hidden("maskalign"):
             every: list[Tensor] = encode_visible(
                 self.backbone, tokens, mask, levels=range(self.backbone.depth)
             )
-        except UnequalMaskCounts as error:
-            raise UnequalMaskCounts(
-                f"maskalign drops hidden patches, so each image must keep the same number of them. {error}"
-            ) from None
         return every
 
     def mixed(self, every: list[Tensor]) -> Sequence[Tensor]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from maskwright import Batch, BoundObjective, Layout, Loss, Mask, Signals, adapt, setting
 from maskwright.backbones import takes_attention
-from maskwright.errors import BackboneMismatch, BadParameter, OverlappingMasks, UnequalMaskCounts
+from maskwright.errors import BackboneMismatch, OverlappingMasks, UnequalMaskCounts
 from maskwright.plugins.mixedae.masks import MixAssignment
 from maskwright.toolkit.attention import ScoreRule
-from maskwright.toolkit.decoders import DecoderInput, initialize_linear, transformer
-from maskwright.toolkit.images import fill_hidden, normalize_patches, patchify
+from maskwright.toolkit.decoders import DecoderInput, check_heads, initialize_linear, transformer
+from maskwright.toolkit.images import fill_hidden, patch_targets
 from maskwright.toolkit.selection import keep_largest
 
 
@@ -133,10 +133,7 @@ class MixedAutoencoder:
     temperature: float = setting(0.25, "of the contrastive loss", gt=0)
 
     def __attrs_post_init__(self) -> None:
-        if self.decoder_width % self.decoder_heads:
-            raise BadParameter(
-                f"mixedae: decoder_heads={self.decoder_heads} must divide decoder_width={self.decoder_width}."
-            )
+        check_heads(self)
 
     @property
     def disjoint_rows(self) -> int:
@@ -223,8 +220,7 @@ class BoundMixedAutoencoder(BoundObjective):
 
     def target(self, pixels: Tensor) -> Tensor:
         """[B, N, p·p·C]: what is to be predicted."""
-        patches = patchify(pixels, self.backbone.patch_size)
-        return normalize_patches(patches) if self.settings.norm_pix else patches
+        return patch_targets(pixels, self.backbone.patch_size, normalized=self.settings.norm_pix)
 
     def forward(
         self,

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from maskwright.errors import BadParameter
 from maskwright.mask import Mask
 from maskwright.toolkit.images import sincos_positions
+
+
+def check_heads(component: Any) -> None:
+    """Raise `BadParameter` unless a component's `decoder_heads` divide its `decoder_width`."""
+    heads, width = component.decoder_heads, component.decoder_width
+    if width % heads:
+        raise BadParameter(f"{component.name}: decoder_heads={heads} must divide decoder_width={width}.")
 
 
 def transformer(width: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> nn.Module:

@@ -27,6 +27,12 @@ def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
     return (patches - mean) / (variance + eps).sqrt()
 
 
+def patch_targets(pixels: Tensor, patch_size: int, *, normalized: bool) -> Tensor:
+    """[B, C, H, W] → [B, N, p·p·C]: the pixels of each patch, as they are or normalised within it."""
+    patches = patchify(pixels, patch_size)
+    return normalize_patches(patches) if normalized else patches
+
+
 def denormalize_patches(prediction: Tensor, patches: Tensor, eps: float = 1e-6) -> Tensor:
     """The inverse of `normalize_patches`, with the mean and deviation of the true `patches`: both [B, N, V]."""
     mean = patches.mean(-1, keepdim=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from maskwright.errors import UnequalMaskCounts
 from maskwright.mask import Layout, Mask
 
 
@@ -57,3 +61,14 @@ def noise(layout: Layout, generator: torch.Generator) -> Tensor:
 def random_mask(layout: Layout, keep: int | Tensor, generator: torch.Generator) -> Mask:
     """`keep` visible positions in each row, uniformly at random."""
     return Mask(keep_largest(noise(layout, generator), keep).view(layout.shape))
+
+
+@contextmanager
+def drops_hidden(name: str, advice: str = "") -> Iterator[None]:
+    """Unequal counts inside are said to be what the objective `name` cannot take, with `advice` as the last sentence."""
+    try:
+        yield
+    except UnequalMaskCounts as error:
+        raise UnequalMaskCounts(
+            f"{name} drops hidden patches, so each image must keep the same number of them. {error}{advice and f' {advice}'}"
+        ) from None
