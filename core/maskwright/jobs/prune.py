@@ -14,6 +14,7 @@ from maskwright.backbones.defaults import causal_language_model
 from maskwright.backbones.folders import read_model
 from maskwright.errors import BadModel, OutputError, UsageError
 from maskwright.jobs import models
+from maskwright.jobs.batches import Batches
 from maskwright.jobs.export import check_exportable, export
 from maskwright.jobs.run import Result, Run
 from maskwright.jobs.settings import Settings
@@ -46,6 +47,7 @@ class RunTask(PruneTask):
 
     run: Any = None
     work: Any = None
+    _batches: Batches | None = attrs.field(default=None, init=False)
 
     def steps(self, total: int, state: Mapping[str, Any]) -> Iterator[Step]:
         """As `Run.steps`: a pruner that is killed goes on from its last checkpoint."""
@@ -57,7 +59,9 @@ class RunTask(PruneTask):
 
     def batch(self, step: Step) -> Batch:
         """The batch of a step of training, epoch after epoch, each in its own order."""
-        batch = self.work.batch_of_step(step.index, self.run.settings.run.batch_size or 1)
+        if self._batches is None:
+            self._batches = Batches(self.work, self.run.settings.run.batch_size or 1)
+        batch = self._batches.make(step.index)
         return {name: column.to(self.run.device) for name, column in batch.items()}
 
 

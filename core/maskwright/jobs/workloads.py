@@ -62,25 +62,23 @@ class Workload:
             else self.source.evaluation("held_out")
         )
 
-    def batch(self, indices: Tensor, epoch: int = 0) -> Batch:
+    def __len__(self) -> int:
+        """Training samples of one epoch."""
+        return len(self.source)
+
+    def order(self, epoch: int) -> Tensor:
+        """The training samples of an epoch in their order, int64 [len(workload)]."""
+        return self.source.order(epoch)
+
+    def batch(self, indices: Tensor, epoch: int = 0) -> dict[str, Tensor]:
         """Samples int64 [B] of an epoch, as the loss takes them."""
-        return self.prepare(self.source.batch(indices, epoch))
+        return dict(self.prepare(self.source.batch(indices, epoch)))
 
     def calibration(self, run: Run) -> list[Batch]:
         """Training samples in their order of the first epoch, in batches: as many as `run.calibration`."""
         count = min(run.settings.run.calibration or 128, len(self.source))
         parts = self.source.order(0)[:count].split(run.settings.run.batch_size or count)
         return [_on(run.device, self.batch(part)) for part in parts]
-
-    def batch_of_step(self, index: int, size: int) -> Batch:
-        """The batch of a step of training: epoch after epoch, each in its own order."""
-        numbers = torch.arange(index * size, (index + 1) * size)
-        epochs = numbers // len(self.source)
-        parts = [
-            self.batch(self.source.order(epoch)[numbers[epochs == epoch] % len(self.source)], epoch)
-            for epoch in epochs.unique().tolist()
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
     def quality(self, model: nn.Module, run: Run) -> float:
