@@ -18,43 +18,6 @@ from maskwright.mask import AttentionMask, Mask
 
 
 @runtime_checkable
-class PatchBackbone(Protocol):
-    """An encoder of image patches, on all or some of them: ViT, DeiT, BEiT, DINOv2.
-
-    Methods and attributes, with their shapes:
-
-    - `patches(pixels [B, C, H, W]) -> [B, N, D]`: patch embeddings, without positions
-    - `positions -> [1, N, D]`: position embeddings of the patches
-    - `prefix(batch_size) -> [B, P, D]`: class and register tokens with their positions (P may be 0)
-    - `encode(tokens [B, P+K, D], levels=()) -> [B, P+K, D]`: the blocks and the final norm, on any number of tokens;
-      with `levels` a list with the outputs of those blocks, before the final norm (0-based; -1 is the last block)
-    - optionally `encode(..., between=None)`, for objectives that drop tokens on the way: called before each block with its
-      number and tokens, `between(index, tokens)` returns the tokens that go in
-    - optionally `encode(..., attention=None)`: an `AttentionMask`, or a `maskwright.toolkit.attention.ScoreRule` that each
-      block evaluates on its own queries and keys; objectives that need it ask `takes_attention`
-    - `grid`: (rows, columns) of patches, N = rows × columns; `patch_size`: pixels a side; `width`: D; `depth`: blocks;
-      `channels`: C
-    - optional `relative_positions = True`: its blocks compare positions. `encode` then also takes `places` int64 [B, K], the
-      patches that the tokens after the prefix are (None: all N, in order); `encode_visible` gives them
-    """
-
-    grid: tuple[int, int]
-    patch_size: int
-    width: int
-    depth: int
-    channels: int
-
-    @property
-    def positions(self) -> Tensor: ...
-
-    def patches(self, pixels: Tensor) -> Tensor: ...
-
-    def prefix(self, batch_size: int) -> Tensor: ...
-
-    def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any: ...
-
-
-@runtime_checkable
 class GridBackbone(Protocol):
     """An encoder of image patches that may want every one of them: Swin, and every PatchBackbone.
 
@@ -79,6 +42,28 @@ class GridBackbone(Protocol):
     def prefix(self, batch_size: int) -> Tensor: ...
 
     def encode(self, tokens: Tensor, levels: Sequence[int] = ()) -> Any: ...
+
+
+@runtime_checkable
+class PatchBackbone(GridBackbone, Protocol):
+    """An encoder of image patches, on all or some of them: ViT, DeiT, BEiT, DINOv2.
+
+    Methods and attributes, with their shapes:
+
+    - `patches(pixels [B, C, H, W]) -> [B, N, D]`: patch embeddings, without positions
+    - `positions -> [1, N, D]`: position embeddings of the patches
+    - `prefix(batch_size) -> [B, P, D]`: class and register tokens with their positions (P may be 0)
+    - `encode(tokens [B, P+K, D], levels=()) -> [B, P+K, D]`: the blocks and the final norm, on any number of tokens;
+      with `levels` a list with the outputs of those blocks, before the final norm (0-based; -1 is the last block)
+    - optionally `encode(..., between=None)`, for objectives that drop tokens on the way: called before each block with its
+      number and tokens, `between(index, tokens)` returns the tokens that go in
+    - optionally `encode(..., attention=None)`: an `AttentionMask`, or a `maskwright.toolkit.attention.ScoreRule` that each
+      block evaluates on its own queries and keys; objectives that need it ask `takes_attention`
+    - `grid`: (rows, columns) of patches, N = rows × columns; `patch_size`: pixels a side; `width`: D; `depth`: blocks;
+      `channels`: C
+    - optional `relative_positions = True`: its blocks compare positions. `encode` then also takes `places` int64 [B, K], the
+      patches that the tokens after the prefix are (None: all N, in order); `encode_visible` gives them
+    """
 
 
 @runtime_checkable

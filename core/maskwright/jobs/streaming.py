@@ -114,7 +114,8 @@ def prune_streamed(
             )
             block.to("meta")
             run.say(f"{path}: {SparsityReport(tuple(layers)).sparsity:.2%} removed so far")
-        written.add({name: network.state_dict()[name] for name in rest if name in network.state_dict()})
+        outside = network.state_dict()
+        written.add({name: outside[name] for name in rest if name in outside})
         before, after = (stream.perplexity(network, recorders) for stream in (dense, sparse))
         report = SparsityReport(tuple(layers))
         return run.finish(
